@@ -1,0 +1,150 @@
+"""Which backends are here, and which one serves a call.
+
+A backend is a module ``ops/<op>/<backend>.py`` with two functions: ``supports(call)``, which gives the reason why it
+cannot take this call or None, and ``run(call)``. Modules are imported on first use, so ``import resnet_fused`` needs
+torch alone.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("resnet_fused")
+
+
+class Backend(str, enum.Enum):
+    """Who computes an op. ``backend="auto"`` stands for the choice among these."""
+
+    REFERENCE = "reference"
+    ONEDNN = "onednn"
+    CUDNN = "cudnn"
+    TRITON = "triton"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+AUTO = "auto"
+NAMES = tuple(b.value for b in Backend)
+
+
+class BackendError(RuntimeError):
+    """The backend asked for by name cannot serve this call; the message says why and what can."""
+
+
+def check_name(backend: str) -> str:
+    """Return ``backend`` as a plain string; ValueError when there is no such backend."""
+    name = str(backend)
+    if name != AUTO and name not in NAMES:
+        raise ValueError(f"backend: got {backend!r}, need 'auto' or one of {', '.join(map(repr, NAMES))}")
+    return name
+
+
+def interpreting() -> bool:
+    """True when Triton kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def unavailable(backend: str) -> str | None:
+    """Why ``backend`` cannot run in this process at all, or None when it can."""
+    match Backend(backend):
+        case Backend.REFERENCE:
+            return None
+        case Backend.ONEDNN:
+            if not torch.backends.mkldnn.is_available():
+                return "this build of torch has no oneDNN"
+            return None
+        case Backend.CUDNN:
+            if not torch.cuda.is_available():
+                return "no CUDA device"
+            if not torch.backends.cudnn.is_available():
+                return "this build of torch has no cuDNN"
+            return None
+        case Backend.TRITON:
+            if importlib.util.find_spec("triton") is None:
+                return "the triton package is not installed (pip install triton)"
+            if not torch.cuda.is_available() and not interpreting():
+                return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+            return None
+
+
+def available() -> dict[str, str | None]:
+    """Every backend, with None where it can run here, else the reason why it cannot."""
+    return {name: unavailable(name) for name in NAMES}
+
+
+@functools.cache
+def implementation(op: str, backend: str) -> ModuleType | None:
+    """The module that computes ``op`` on ``backend``, or None when that pair does not exist."""
+    name = f"resnet_fused.ops.{op}.{backend}"
+    if importlib.util.find_spec(name) is None:
+        return None
+    return importlib.import_module(name)
+
+
+def refusal(op: str, backend: str, call: Any) -> str | None:
+    """Why ``backend`` cannot serve this call of ``op``, or None when it can."""
+    missing = unavailable(backend)
+    if missing is not None:
+        return missing
+    module = implementation(op, backend)
+    if module is None:
+        return f"{backend} has no {op}"
+    return module.supports(call)  # type: ignore[no-any-return]
+
+
+def choose(op: str, call: Any, requested: str, candidates: Sequence[str]) -> ModuleType:
+    """The module that serves this call.
+
+    ``requested`` names a backend, which then serves or raises BackendError, or is ``"auto"``: the first of
+    ``candidates`` that supports the call.
+    """
+    if requested != AUTO:
+        reason = refusal(op, check_name(requested), call)
+        if reason is not None:
+            able = [name for name in NAMES if refusal(op, name, call) is None]
+            raise BackendError(
+                f"backend={requested!r} cannot run this {op}: {reason}. Use backend='auto' or one of {able}."
+            )
+        module = implementation(op, requested)
+        assert module is not None
+        return module
+    for name in candidates:
+        if refusal(op, name, call) is None:
+            _log_choice(op, name, call)
+            module = implementation(op, name)
+            assert module is not None
+            return module
+    raise BackendError(f"no backend can run this {op}; candidates were {list(candidates)}")
+
+
+@functools.cache
+def _logging() -> bool:
+    wanted = os.environ.get("RESNET_FUSED_LOG", "0") == "1"
+    if wanted and not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("resnet_fused: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    return wanted
+
+
+@functools.cache
+def _log_once(line: str) -> None:
+    logger.info(line)
+
+
+def _log_choice(op: str, name: str, call: Any) -> None:
+    if _logging():
+        _log_once(f"{op} {call.describe()} -> {name}")

@@ -1,0 +1,1 @@
+"""The registered operators, one folder each: ``api.py`` and one module per backend."""

@@ -1,0 +1,172 @@
+"""What the two block ops share: a residual block as data, its schema, its chain of convolutions.
+
+A residual block is ``relu(conv_n(… relu(conv_1(x)) …) + shortcut)``, each convolution followed by batch norm with given
+statistics. The shortcut is x itself, a projection of x (convolution and batch norm), or a tensor computed elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused import backends
+from resnet_fused.ops import library
+from resnet_fused.ops.conv_bn_act import api as conv_bn_act
+from resnet_fused.ops.conv_bn_act import reference
+from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, check_addend, check_conv, short_dtype
+from resnet_fused.ops.layout import like_eager
+
+_TENSORS = ("weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+_FIELDS = len(ConvBN._fields)
+
+RunConv = Callable[[ConvBNActCall], Tensor]
+
+
+class BlockCall(NamedTuple):
+    """One call of a block op, as the backends receive it.
+
+    shortcut projects x; identity is added as it is. At most one of the two is given; with neither, x is added.
+    """
+
+    x: Tensor
+    convs: tuple[ConvBN, ...]
+    shortcut: ConvBN | None
+    identity: Tensor | None
+
+    def describe(self) -> str:
+        """Short text for logs: ``bf16-N2-C64x56x56-64-64-256``."""
+        widths = "-".join(str(conv.weight.shape[0]) for conv in self.convs)
+        n, c, h, w = self.x.shape
+        return f"{short_dtype(self.x.dtype)}-N{n}-C{c}x{h}x{w}-{widths}{'-proj' if self.shortcut else ''}"
+
+
+def run_chain(call: BlockCall, run_conv: RunConv) -> Tensor:
+    """The block as a chain of conv_bn_act calls, each computed by ``run_conv``."""
+    hidden = call.x
+    for conv in call.convs[:-1]:
+        hidden = run_conv(ConvBNActCall(hidden, conv, None, "relu"))
+    residual = call.x if call.identity is None else call.identity
+    if call.shortcut is not None:
+        residual = run_conv(ConvBNActCall(call.x, call.shortcut, None, "none"))
+    return run_conv(ConvBNActCall(hidden, call.convs[-1], residual, "relu"))
+
+
+def check_block(call: BlockCall) -> None:
+    """Raise ValueError or TypeError, naming the argument, unless the call is sound."""
+    x, like = call.x, call.x
+    for i, conv in enumerate(call.convs, 1):
+        check_conv(like, conv, f"conv{i}")
+        shape = (x.shape[0], conv.weight.shape[0], *conv.output_size(like.shape[2], like.shape[3]))
+        like = x.new_empty(1).expand(shape)  # shape, dtype and device of the next input, no memory
+    if call.shortcut is not None:
+        if call.identity is not None:
+            raise ValueError("identity: got a tensor beside shortcut, need at most one of the two")
+        check_conv(x, call.shortcut, "shortcut")
+        out = (x.shape[0], call.shortcut.weight.shape[0], *call.shortcut.output_size(x.shape[2], x.shape[3]))
+        if out != shape:
+            raise ValueError(f"shortcut: gives shape {out}, need the block's {shape}")
+    elif call.identity is not None:
+        check_addend(call.identity, shape, x, "identity")
+    elif x.shape != shape:
+        raise ValueError(f"shortcut: got None, but x of shape {tuple(x.shape)} cannot be added to the block's {shape}")
+
+
+def register(name: str, depth: int) -> Callable[[BlockCall, str], Tensor]:
+    """Register ``resnet_fused::name``, a block of ``depth`` convolutions; return the function that calls it."""
+    op = library.define(name, _schema(depth))
+
+    def unpack(args: tuple[Any, ...]) -> BlockCall:
+        convs = []
+        for i in range(depth + 1):
+            conv = list(args[1 + i * _FIELDS : 1 + (i + 1) * _FIELDS])
+            conv[7:10] = map(tuple, conv[7:10])  # the dispatcher gives lists
+            convs.append(ConvBN(*conv))
+        shortcut = convs.pop()
+        return BlockCall(args[0], tuple(convs), None if shortcut.weight is None else shortcut, args[-2])
+
+    def call_op(call: BlockCall, backend: str) -> Tensor:
+        flat: list[Any] = [call.x]
+        for conv in call.convs:
+            flat += conv
+        flat += _NO_CONV if call.shortcut is None else call.shortcut
+        return op(*flat, call.identity, backend)  # type: ignore[no-any-return]
+
+    def kernel(*args: Any) -> Tensor:
+        return _compute(name, unpack(args), args[-1])
+
+    def fake(*args: Any) -> Tensor:
+        call = unpack(args)
+        check_block(call)
+        backends.check_name(args[-1])
+        return run_chain(call, reference.run)
+
+    def autograd(*args: Any) -> Tensor:
+        """Where a gradient is recorded the block is the chain of differentiable ops; else the op itself."""
+        recording = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if recording:
+            return chain_of_ops(unpack(args), args[-1])
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)  # type: ignore[no-any-return]
+
+    def autocast(cast: Any, *args: Any) -> Tensor:
+        call, backend = unpack(args), args[-1]
+
+        def low(conv: ConvBN) -> ConvBN:
+            return conv._replace(weight=library.cast_parameter(cast, conv.weight))
+
+        x, convs = cast(call.x), tuple(map(low, call.convs))
+        shortcut = None if call.shortcut is None else low(call.shortcut)
+        added = call.x if call.identity is None else call.identity
+        if shortcut is None and added.dtype != x.dtype:  # eager's sum takes the wider dtype
+            hidden = x
+            for conv in convs[:-1]:
+                hidden = conv_bn_act.call_op(hidden, conv, None, "relu", backend)
+            return torch.relu(conv_bn_act.call_op(hidden, convs[-1], None, "none", backend) + added)
+        return call_op(BlockCall(x, convs, shortcut, call.identity), backend)
+
+    library.implement(name, kernel, fake)
+    library.LIBRARY.impl(name, autograd, "Autograd")
+    library.implement_autocast(name, autocast)
+    return call_op
+
+
+def chain_of_ops(call: BlockCall, backend: str) -> Tensor:
+    """The block as registered conv_bn_act calls: what autograd differentiates."""
+    check_block(call)
+    return run_chain(call, lambda c: conv_bn_act.call_op(c.x, c.conv, c.residual, c.act, backend))
+
+
+def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
+    check_block(call)
+    if call.x.numel() == 0:
+        return run_chain(call, reference.run)
+    candidates = tuple(b for b in ("onednn",) if call.x.device.type == "cpu")
+    if backend in candidates or backend == backends.AUTO:
+        for candidate in candidates:
+            if backends.refusal(name, candidate, call) is None:
+                module = backends.choose(name, call, candidate, ())
+                return like_eager(module.run(call), _eager, call.x, (*call.convs, call.shortcut), call.identity)
+    return run_chain(call, lambda c: conv_bn_act.compute(c, backend))
+
+
+def _eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:
+    *main, shortcut = convs
+    return run_chain(BlockCall(x, tuple(c for c in main if c is not None), shortcut, addend), reference.run)
+
+
+_NO_CONV = (None, None, None, None, None, None, 1e-5, (1, 1), (0, 0), (1, 1), 1)
+
+
+def _schema(depth: int) -> str:
+    parts = ["Tensor x"]
+    for name in [f"conv{i}" for i in range(1, depth + 1)] + ["shortcut"]:
+        for field in _TENSORS:
+            optional = name == "shortcut" or field in ("bias", "bn_weight", "bn_bias")
+            parts.append(f"Tensor{'?' if optional else ''} {name}_{field}")
+        parts.append(f"float {name}_eps")
+        parts += [f"int[2] {name}_{pair}" for pair in ("stride", "padding", "dilation")]
+        parts.append(f"int {name}_groups")
+    return f"({', '.join(parts)}, Tensor? identity, str backend) -> Tensor"

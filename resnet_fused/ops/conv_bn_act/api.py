@@ -1,0 +1,147 @@
+"""The op resnet_fused::conv_bn_act: schema, fake, autograd and autocast rules, choice of backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused import backends
+from resnet_fused.ops import library
+from resnet_fused.ops.conv_bn_act import reference
+from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, check_call
+from resnet_fused.ops.layout import like_eager
+
+SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor running_mean, "
+    "Tensor running_var, float eps, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    "Tensor? residual, str act, str backend) -> Tensor"
+)
+OP = library.define("conv_bn_act", SCHEMA)
+
+
+def call_op(x: Tensor, conv: ConvBN, residual: Tensor | None, act: str, backend: str) -> Tensor:
+    """Call the registered op."""
+    return OP(x, *conv, residual, act, backend)  # type: ignore[no-any-return]
+
+
+def candidates(x: Tensor, conv: ConvBN) -> tuple[str, ...]:
+    """The static rule of ``backend="auto"``: backends in the order in which they are tried."""
+    if x.device.type == "cpu":
+        return ("onednn", "reference")
+    if x.device.type == "cuda" and x.dtype != torch.float64:
+        # A 1x1 convolution is bound by memory, where the fused epilogue pays whole; a larger filter by arithmetic,
+        # where cuDNN's kernels are the safer choice until a tuning table says otherwise.
+        if conv.weight.shape[2:] == (1, 1) and conv.groups == 1:
+            return ("triton", "cudnn", "reference")
+        return ("cudnn", "triton", "reference")
+    return ("reference",)
+
+
+def compute(call: ConvBNActCall, backend: str) -> Tensor:
+    """Check the call, pick the backend, run it, and give the result eager's strides."""
+    check_call(call)
+    if call.x.numel() == 0:
+        backend = "reference"
+    module = backends.choose("conv_bn_act", call, backend, candidates(call.x, call.conv))
+    out: Tensor = module.run(call)
+    return out if module is reference else like_eager(out, _eager, call.x, (call.conv,), call.residual)
+
+
+def _eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:
+    assert convs[0] is not None
+    return reference.run(ConvBNActCall(x, convs[0], addend, "none"))
+
+
+def _call(args: tuple[Any, ...]) -> ConvBNActCall:
+    """The op's flat arguments (without the backend) as a call."""
+    x, *conv, residual, act = args
+    for i in range(7, 10):  # the dispatcher gives lists
+        conv[i] = tuple(conv[i])
+    return ConvBNActCall(x, ConvBN(*conv), residual, act)
+
+
+def _kernel(*args: Any) -> Tensor:
+    return compute(_call(args[:-1]), args[-1])
+
+
+def _fake(*args: Any) -> Tensor:
+    call = _call(args[:-1])
+    check_call(call)
+    backends.check_name(args[-1])
+    return reference.run(call)
+
+
+def _autocast(cast: Any, *args: Any) -> Tensor:
+    """Convolution in the autocast dtype; a residual of a wider dtype is added as eager does, with type promotion."""
+    call, backend = _call(args[:-1]), args[-1]
+    x, conv = cast(call.x), call.conv._replace(weight=library.cast_parameter(cast, call.conv.weight))
+    residual = call.residual
+    if residual is None or residual.dtype == x.dtype:
+        return call_op(x, conv, residual, call.act, backend)
+    y = call_op(x, conv, None, "none", backend) + residual
+    return torch.relu(y) if call.act == "relu" else y
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    call = _call(inputs[:-1])
+    conv = call.conv
+    ctx.geometry = conv[6:]
+    ctx.beta_dtype = None if conv.bn_bias is None else conv.bn_bias.dtype
+    ctx.has_residual = call.residual is not None
+    ctx.save_for_backward(
+        call.x, conv.weight, conv.bias, conv.bn_weight, conv.running_mean, conv.running_var,
+        output if call.act == "relu" else None,
+    )  # fmt: skip
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Frozen-BN backward. With s = γ/√(var+eps), g the gradient behind the ReLU and V the gradient of the raw weight:
+
+    dx = conv_dinput(g, s·w);  dw = s·V, V = conv_dweight(x, g);  dβ = Σ g;  d_residual = g;  d_bias = s·dβ;
+    dγ = (⟨V, w⟩ + (bias − mean)·dβ)/√(var+eps), because Σ g·conv(x, w) = ⟨V, w⟩ per output channel: the
+    convolution's output is neither stored nor computed again.
+    """
+    x, weight, bias, gamma, mean, var, output = ctx.saved_tensors
+    eps, stride, padding, dilation, groups = ctx.geometry
+    need_x, need_weight, need_bias, need_gamma, need_beta = ctx.needs_input_grad[:5]
+    if output is not None:
+        grad = torch.ops.aten.threshold_backward(grad, output, 0)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rstd = torch.rsqrt(var.to(wide) + eps)
+    scale = rstd if gamma is None else rstd * gamma.to(wide)
+    column = (-1, 1, 1, 1)
+
+    def convolution_backward(w: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+            grad, x, w, None, stride, padding, dilation, False, [0, 0], groups, mask
+        )
+
+    dx = dweight = dbias = dgamma = dbeta = None
+    if need_x:
+        scaled = (weight.to(wide) * scale.view(column)).to(weight.dtype)
+        dx = convolution_backward(scaled, [True, False, False])[0]
+    if need_bias or need_gamma or need_beta:
+        dbeta = grad.sum((0, 2, 3), dtype=wide)
+    if need_weight or need_gamma:
+        raw = convolution_backward(weight, [False, True, False])[1].to(wide)
+        if need_gamma:
+            assert dbeta is not None
+            offset = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
+            dgamma = (((raw * weight.to(wide)).sum((1, 2, 3)) + offset * dbeta) * rstd).to(gamma.dtype)
+        if need_weight:
+            dweight = (raw * scale.view(column)).to(weight.dtype)
+    if need_bias:
+        assert dbeta is not None
+        dbias = (scale * dbeta).to(bias.dtype)
+    dbeta = dbeta.to(ctx.beta_dtype) if need_beta and dbeta is not None else None
+    dresidual = grad if ctx.has_residual else None
+    return (dx, dweight, dbias, dgamma, dbeta, *[None] * 7, dresidual, None, None)
+
+
+library.implement("conv_bn_act", _kernel, _fake)
+library.implement_autocast("conv_bn_act", _autocast)
+torch.library.register_autograd(
+    "resnet_fused::conv_bn_act", _backward, setup_context=_setup_context, lib=library.LIBRARY
+)

@@ -1,0 +1,21 @@
+"""conv_bn_act in eager PyTorch: the oracle, in any dtype and on any device."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused.ops.convbn import ConvBNActCall
+
+
+def supports(call: ConvBNActCall) -> str | None:
+    return None
+
+
+def run(call: ConvBNActCall) -> Tensor:
+    conv = call.conv
+    y = F.conv2d(call.x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    y = F.batch_norm(y, conv.running_mean, conv.running_var, conv.bn_weight, conv.bn_bias, False, 0.0, conv.eps)
+    if call.residual is not None:
+        y = y + call.residual
+    return F.relu(y) if call.act == "relu" else y

@@ -1,0 +1,66 @@
+"""The operator library: how an op of ours is registered with PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops.tensor_cache import TensorCache
+
+LIBRARY = torch.library.Library("resnet_fused", "DEF")
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def define(name: str, schema: str) -> Any:
+    """Declare ``resnet_fused::name`` and return its overload."""
+    LIBRARY.define(f"{name}{schema}", tags=_TAGS)
+    return getattr(torch.ops.resnet_fused, name).default
+
+
+def implement(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register the kernel for every device, and the kernel for fake tensors."""
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"resnet_fused::{name}", fake, lib=LIBRARY)
+
+
+def implement_autocast(name: str, rule: Callable[..., Any]) -> None:
+    """Register ``rule(cast, device_type, *args)``; ``cast`` brings one tensor to the autocast dtype.
+
+    The rule runs with autocast off, so it may call ops freely.
+    """
+    for device_type, key in _AUTOCAST_KEYS.items():
+        LIBRARY.impl(name, _autocast_kernel(rule, device_type, key), key)
+
+
+def _autocast_kernel(rule: Callable[..., Any], device_type: str, key: str) -> Callable[..., Any]:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            # What aten casts under autocast: floating tensors of this device, float64 excepted.
+            if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+                return tensor
+            return tensor.to(dtype) if tensor.device.type == device_type else tensor
+
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return rule(cast, *args)
+
+    return kernel
+
+
+_CASTS: TensorCache[Tensor] = TensorCache()
+
+
+def cast_parameter(cast: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """``cast(weight)``, remembered where no gradient is recorded, so that what is packed from it is found again."""
+    recording = weight.requires_grad and torch.is_grad_enabled()
+    if recording or type(weight) not in (Tensor, torch.nn.Parameter):  # fake and functional tensors are not kept
+        return cast(weight)
+    return _CASTS.get((weight,), torch.get_autocast_dtype(weight.device.type), lambda: cast(weight))

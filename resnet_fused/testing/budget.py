@@ -1,0 +1,65 @@
+"""The error budget: how far from a float64 reference a result may be, with no tolerance picked by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Error:
+    """The worst element of a result, against its budget.
+
+    ``ratio`` is error over budget (above 1: outside); ``error`` and ``eager_error`` are absolute.
+    """
+
+    ratio: float
+    error: float
+    eager_error: float
+
+    @property
+    def ok(self) -> bool:
+        return self.ratio <= 1.0
+
+
+def measure(out: Tensor, eager: Tensor, reference: Tensor) -> Error:
+    """Compare ``out`` with a float64 ``reference``, allowing twice ``eager``'s own error plus one rounding step.
+
+    The budget of an element is ``2 · max|eager − reference| + ε·|reference|`` with ε the machine epsilon of ``out``'s
+    dtype. NaN and infinities must stand where eager has them: elsewhere the ratio is infinite.
+
+    Raises:
+        ValueError: shape, dtype or device of ``out`` differ from ``eager``'s.
+    """
+    for name in ("shape", "dtype", "device"):
+        if getattr(out, name) != getattr(eager, name):
+            raise ValueError(f"out: {name} is {getattr(out, name)}, eager's is {getattr(eager, name)}")
+    if reference.dtype != torch.float64:
+        raise ValueError(f"reference: got {reference.dtype}, need torch.float64")
+    if out.numel() == 0:
+        return Error(0.0, 0.0, 0.0)
+    finite = torch.isfinite(eager)
+    same_special = torch.equal(torch.isnan(out), torch.isnan(eager)) and torch.equal(
+        torch.where(torch.isinf(out), out, 0), torch.where(torch.isinf(eager), eager, 0)
+    )
+    if not same_special:
+        return Error(float("inf"), float("inf"), float("nan"))
+    if not bool(finite.any()):
+        return Error(0.0, 0.0, 0.0)
+    reference = reference.to(out.device)[finite]
+    error = (out[finite].double() - reference).abs()
+    eager_error = (eager[finite].double() - reference).abs().max()
+    budget = 2 * eager_error + torch.finfo(out.dtype).eps * reference.abs()
+    ratio = torch.where(error == 0, 0.0, error / budget)
+    return Error(float(ratio.max()), float(error.max()), float(eager_error))
+
+
+def assert_within_budget(out: Tensor, eager: Tensor, reference: Tensor) -> None:
+    """Raise AssertionError, with the figures, unless ``out`` is within the budget of :func:`measure`."""
+    result = measure(out, eager, reference)
+    assert result.ok, (
+        f"error is {result.ratio:.3g} of the budget: {result.error:.3g} against float64, "
+        f"eager's {result.eager_error:.3g}"
+    )

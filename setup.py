@@ -1,0 +1,5 @@
+"""Builds the package."""
+
+from setuptools import setup
+
+setup()
