@@ -8,7 +8,7 @@ whatever cannot be fused at the moment, and undoing it is giving the class back.
 from __future__ import annotations
 
 import copyreg
-import functools
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -43,7 +43,7 @@ class FusedModule(nn.Module):
 
     def _apply(self: M, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> M:
         self.refresh()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -58,21 +58,40 @@ def refresh(model: nn.Module) -> None:
             module.refresh()
 
 
-@functools.cache
+_DERIVED: dict[tuple[type, type], type[FusedModule]] = {}
+_LOCK = threading.Lock()
+
+
 def derived_class(fused: type[FusedModule], original: type[nn.Module]) -> type[FusedModule]:
     """The class of an ``original`` that is fused by ``fused``: both of them, made once per pair."""
+    with _LOCK:
+        derived = _DERIVED.get((fused, original))
+        if derived is None:
+            derived = _DERIVED[fused, original] = _derive(fused, original)
+        return derived
+
+
+def _derive(fused: type[FusedModule], original: type[nn.Module]) -> type[FusedModule]:
     namespace: dict[str, Any] = {
         "__init__": original.__init__,
-        "__reduce_ex__": _reduce_ex,
         "__doc__": original.__doc__,
         "__module__": fused.__module__,
-        "_fused_class": fused,
         "_original_class": original,
         "_original_forward": original.forward,
     }
     if hasattr(original, "expansion"):
         namespace["expansion"] = original.expansion
-    return type(fused.__name__, (fused, original), namespace)
+
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+        """Pickle and copy by the two classes: the derived one can be found under no name."""
+        reduced: Any = super(derived, self).__reduce_ex__(max(2, int(protocol)))  # type: ignore[misc]
+        if reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return (_blank, (fused, original), *reduced[2:])
+        return reduced
+
+    namespace["__reduce_ex__"] = reduce_ex
+    derived: type[FusedModule] = type(fused.__name__, (fused, original), namespace)
+    return derived
 
 
 def original_class(module: nn.Module) -> type[nn.Module] | None:
@@ -91,18 +110,8 @@ def release(module: FusedModule) -> None:
     original = original_class(module)
     assert original is not None
     module.refresh()
-    module.__class__ = original
+    module.__class__ = original  # type: ignore[assignment]
     del module._fused
-
-
-def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
-    """Pickle and copy by the two classes, since the derived one can be found under no name."""
-    reduced = super(derived_class(type(self)._fused_class, type(self)._original_class), self).__reduce_ex__(  # type: ignore[attr-defined]
-        max(2, int(protocol))
-    )
-    if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-        return reduced
-    return (_blank, (type(self)._fused_class, type(self)._original_class), *reduced[2:])  # type: ignore[attr-defined]
 
 
 def _blank(fused: type[FusedModule], original: type[nn.Module]) -> FusedModule:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from resnet_fused.modules import parts
 from resnet_fused.modules.base import FusedModule, derived_class
 from resnet_fused.modules.spec import BlockSpec, FusedState, find
-from resnet_fused.ops.convbn import ConvBN
 
 B = TypeVar("B", bound="FusedBlock")
 Pair = tuple[nn.Conv2d, nn.Module]
@@ -133,10 +132,3 @@ def as_shortcut(module: nn.Module | None) -> Pair | nn.Module | None:
         if len(children) == 2 and parts.bypassable(children[0], children[1]):
             return children[0], children[1]  # type: ignore[return-value]
     return module
-
-
-def conv_bn_pairs(block: FusedBlock) -> list[ConvBN | None]:
-    """Every pair of ``block`` that could be fused, as data: for reports."""
-    shortcut = block._shortcut()
-    pairs = (block._pairs() or []) + ([shortcut] if isinstance(shortcut, tuple) else [])
-    return [parts.read(conv, norm) for conv, norm in pairs]

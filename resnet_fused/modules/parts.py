@@ -6,11 +6,13 @@ else, whenever it came about, runs through the module calls as written.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 
-from resnet_fused import functional
+from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.convbn import ConvBN
 
 # Classes that normalise with given statistics, in training mode too: buffers weight, bias, running_mean, running_var
@@ -61,47 +63,38 @@ def plain_relu(act: nn.Module) -> bool:
     return type(act) is nn.ReLU and not touched(act)
 
 
-def statistics_given(norm: nn.Module) -> bool:
-    """Whether a bypassable norm normalises with its running statistics rather than the batch's."""
-    if type(norm) is nn.BatchNorm2d:
-        return not norm.training and norm.running_mean is not None and norm.running_var is not None
-    return True
-
-
 def read(conv: nn.Conv2d, norm: nn.Module) -> ConvBN | None:
     """A bypassable pair as data, or None when its norm is to use the batch's statistics."""
-    weights, vectors, buffers = conv._parameters, norm._parameters, norm._buffers
-    if type(norm) is not nn.BatchNorm2d:
-        vectors = buffers
-    elif norm.training:
+    if type(norm) is nn.BatchNorm2d and norm.training:
         return None
-    padding = conv.padding
+    return with_statistics(conv, norm)
+
+
+def with_statistics(conv: nn.Conv2d, norm: nn.Module) -> ConvBN | None:
+    """A bypassable pair as data with the norm's running statistics, or None when it has none."""
+    weights: dict[str, Any] = conv._parameters
+    buffers: dict[str, Any] = norm._buffers
+    vectors: dict[str, Any] = norm._parameters if type(norm) is nn.BatchNorm2d else buffers
+    padding: Any = conv.padding
     if isinstance(padding, str):
-        padding = _same(conv) if padding == "same" else (0, 0)
-    geometry = (norm.eps, conv.stride, padding, conv.dilation, conv.groups)
-    if "weight" not in weights or "weight" not in vectors:  # replicas of DataParallel hold plain attributes
-        if not statistics_given(norm):
-            return None
-        return ConvBN(
-            conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, *geometry
-        )  # type: ignore[arg-type]  # fmt: skip
+        padding = (_same(conv) or (0, 0)) if padding == "same" else (0, 0)
     mean, var = buffers["running_mean"], buffers["running_var"]
     if mean is None or var is None:
         return None
-    return ConvBN(
-        weights["weight"], weights["bias"], vectors["weight"], vectors["bias"], mean, var, *geometry
-    )  # type: ignore[arg-type]  # fmt: skip
+    eps: Any = norm.eps
+    geometry: Any = (eps, conv.stride, padding, conv.dilation, conv.groups)
+    if "weight" in weights and "weight" in vectors:
+        return ConvBN(weights["weight"], weights["bias"], vectors["weight"], vectors["bias"], mean, var, *geometry)
+    replica: Any = norm  # DataParallel's replicas hold plain attributes
+    return ConvBN(conv.weight, conv.bias, replica.weight, replica.bias, mean, var, *geometry)
 
 
-def step(
-    x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: str, residual: Tensor | None, backend: str
-) -> Tensor:
-    """A bypassable pair with its residual and ReLU: one op with given statistics, else :func:`batch_statistics_step`."""
+def step(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: str, residual: Tensor | None, backend: str) -> Tensor:
+    """A bypassable pair with its residual and ReLU: one op if it may, else a :func:`batch_statistics_step`."""
     pair = read(conv, norm)
     if pair is None:
         return batch_statistics_step(x, conv, norm, act, residual)
-    return functional.conv_bn_act(x, *pair[:1], *pair[2:7], residual, bias=pair.bias, stride=pair.stride,
-        padding=pair.padding, dilation=pair.dilation, groups=pair.groups, act=act, backend=backend)
+    return conv_bn_act.call_op(x, pair, residual, act, backend)
 
 
 def batch_statistics_step(x: Tensor, conv: nn.Module, norm: nn.Module, act: str, residual: Tensor | None) -> Tensor:
@@ -110,6 +103,11 @@ def batch_statistics_step(x: Tensor, conv: nn.Module, norm: nn.Module, act: str,
     if residual is not None:
         y += residual
     return torch.relu_(y) if act == "relu" else y
+
+
+def symmetric(conv: nn.Conv2d) -> bool:
+    """Whether padding="same" is as much on each side."""
+    return _same(conv) is not None
 
 
 def _same(conv: nn.Conv2d) -> tuple[int, int] | None:

@@ -59,9 +59,9 @@ BOTTLENECK = BlockSpec.of("conv1 conv2 conv3", "bn1 bn2 bn3", "relu", "downsampl
 class FusedState:
     """What a fused module knows beside its parameters: no tensor, nothing derived from one.
 
-    strides are those that the convolution weights had before ``fuse`` gave them others, by parameter name.
+    layouts are the (shape, strides) that convolution weights had before ``fuse`` gave them others, by parameter name.
     """
 
     spec: BlockSpec
     backend: str = "auto"
-    strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    layouts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
