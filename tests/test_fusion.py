@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import resnet_fused as rf
-from resnet_fused.testing.models import compare, randomise_norms
+from resnet_fused.testing.networks import compare, randomise_norms
 from resnet_fused.testing.torchvision_compat import import_torchvision
 
 torchvision = import_torchvision()
