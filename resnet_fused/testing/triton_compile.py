@@ -161,7 +161,7 @@ def _specialise(v: Variant) -> tuple[Any, dict[str, str], dict[str, Any]]:
     if not v.residual:
         constants["residual"] = None
     if v.shape == "reduce":
-        constants |= {"SPLITS": config.split_k, "BM": 8, "BN": 128}
+        constants |= {"SPLITS": config.split_k, "BM": 4, "BN": 128}
         kernel = kernels.conv_reduce
     elif config.kernel == "pointer":
         kernel = kernels.conv_pointer
@@ -179,12 +179,14 @@ def _specialise(v: Variant) -> tuple[Any, dict[str, str], dict[str, Any]]:
         read = f"tensordesc<{element}[{tn}, {th}, {tw}, {config.block_k}]>"
         types |= dict.fromkeys(("x00", "x01", "x10", "x11"), read)
         types["weight"] = f"tensordesc<{element}[{config.block_n}, 1, {config.block_k}]>"
-        types |= dict.fromkeys(("residual", "out"), f"tensordesc<{element}[{tn}, {th}, {tw}, {config.block_n}]>")
+        types |= dict.fromkeys(
+            ("residual", "out"), f"tensordesc<{element}[{tn}, {th}, {tw}, {config.block_n // config.parts}]>"
+        )
         if stride == 1:
             constants |= dict.fromkeys(("x01", "x10", "x11"), None)
         constants |= {"R": size, "S": size, "STRIDE": stride, "PAD_H": size // 2, "PAD_W": size // 2}
         constants |= {"DIL_H": 1, "DIL_W": 1, "TN": tn, "TH": th, "TW": tw, "BN": config.block_n}
-        constants |= {"BK": config.block_k, "GROUP_M": config.group_m}
+        constants |= {"BK": config.block_k, "GROUP_M": config.group_m, "PARTS": config.parts}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     return kernel, dict.fromkeys(kernel.arg_names, "i32") | types, constants
 
@@ -199,8 +201,7 @@ def variants(capabilities: Iterable[int] = ARCHITECTURES, thorough: bool = True)
         arch = cfg.Architecture(capability, 1, cfg.shared_limit(capability))
         for dtype, precision in classes:
             for config in cfg.shipped(dtype, precision):
-                fits = config.shared_bytes(dtype.itemsize) <= arch.shared_limit
-                if not fits or (config.kernel == "descriptor" and not arch.descriptors):
+                if not cfg.fits(config, dtype, arch):
                     continue
                 shapes = ["1x1", "3x3s2", "3x3"] if config.kernel == "descriptor" else ["taps", "flat", "rows"]
                 if config.split_k > 1:
