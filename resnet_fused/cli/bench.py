@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import resnet_fused
 from resnet_fused.cli.common import add_model_options, console, positive, prepare, print_json, steps
 from resnet_fused.testing.compare import Verdict, check
+from resnet_fused.testing.eager import eager_copy
 from resnet_fused.testing.timing import Timing, interleaved
 
 BASELINES = ("eager NCHW", "eager channels_last")
@@ -34,9 +35,9 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    eager, x = prepare(args)
+    model, x = prepare(args)
     out = console(quiet=args.json)
-    candidates = variants(eager, x)
+    candidates = variants(model, x)
     facts: dict[str, Any] = {
         "model": args.model,
         "input": list(x.shape),
@@ -47,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     }
     out.print(" · ".join(str(value) for value in facts.values()))
     gate = [
-        check(name, "", "", candidates[name.replace("fused", "eager")][0], model, (image,))
-        for name, (model, image) in candidates.items()
+        check(name, "", "", eager_copy(model, like=fused), fused, (image,))
+        for name, (fused, image) in candidates.items()
         if name not in BASELINES
     ]
     facts["gate"] = [v.to_dict() for v in gate]
@@ -72,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def variants(eager: nn.Module, x: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
+def variants(model: nn.Module, x: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
     """Model and input of every candidate: eager and fused, in both layouts."""
-    fused = resnet_fused.fuse(eager)
+    eager, fused = eager_copy(model), resnet_fused.fuse(model)
     last = torch.channels_last
 
     def turned(model: nn.Module) -> nn.Module:
@@ -115,4 +116,6 @@ def describe(verdict: Verdict) -> str:
     if verdict.problem is not None or verdict.error is None:
         return f"{verdict.name}: {verdict.problem}"
     error = verdict.error
-    return f"{verdict.name}: error is {error.ratio:.3g} of the budget ({error.error:.3g}, eager's {error.eager_error:.3g})"
+    return (
+        f"{verdict.name}: error is {error.ratio:.3g} of the budget ({error.error:.3g}, eager's {error.eager_error:.3g})"
+    )

@@ -9,8 +9,9 @@ from rich.table import Table
 
 import resnet_fused
 from resnet_fused import backends
-from resnet_fused.cli.common import add_model_options, check_backend, console, prepare, print_json
+from resnet_fused.cli.common import LAYOUTS, add_model_options, check_backend, console, prepare, print_json
 from resnet_fused.testing.compare import Verdict, check, fused_parts
+from resnet_fused.testing.eager import eager_copy
 
 
 def add_parser(commands: Any) -> None:
@@ -25,20 +26,23 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--backend", choices=(backends.AUTO, *backends.NAMES), default=backends.AUTO, help="who computes (%(choices)s)"
     )
+    parser.add_argument("--layout", choices=LAYOUTS, default="nchw", help="of the input (default %(default)s)")
     parser.add_argument("--keep-statistics", action="store_true", help="leave the batch norms as the model has them")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     backend = check_backend(args.backend)
-    eager, x = prepare(args, keep_statistics=args.keep_statistics)
-    fused = resnet_fused.fuse(eager, backend=backend)
+    model, x = prepare(args, keep_statistics=args.keep_statistics)
+    fused = resnet_fused.fuse(model, backend=backend)
+    eager = eager_copy(model, like=fused)
+    x = x.contiguous(memory_format=LAYOUTS[args.layout])
     verdicts = [
         check(part.name, part.kind, part.backend, part.eager, part.fused, part.inputs)
         for part in fused_parts(eager, fused, x)
     ]
-    verdicts.append(check("(whole model)", type(eager).__name__, "", eager, fused, (x,)))
-    skipped = [entry for entry in resnet_fused.report(fused) if entry.status != "fused"]
+    verdicts.append(check("(whole model)", type(model).__name__, "", eager, fused, (x,)))
+    skipped = resnet_fused.report(fused).skipped
     ok = all(v.ok for v in verdicts)
     if args.json:
         print_json(

@@ -86,14 +86,14 @@ def check_backend(name: str) -> str:
 
 
 def prepare(args: argparse.Namespace, *, keep_statistics: bool = False) -> tuple[nn.Module, Tensor]:
-    """The eager model and a random input in NCHW, on the device and in the dtype that the options name.
+    """The model that the options name and a random input in NCHW, on their device and in their dtype.
 
     The weights are random, and unless told otherwise so are the batch norms' parameters and statistics, around what
     the input gives: with fresh ones (0 and 1) much could go wrong unseen.
     """
     device, dtype = pick_device(args.device), DTYPES[args.dtype]
     torch.manual_seed(args.seed)
-    model = eager_copy(models.load(args.model)).to(device)
+    model = models.load(args.model).to(device)
     channels, size = models.input_shape(args.model, model)
     size = args.size or size
     x = torch.randn(args.batch, channels, size, size, device=device)
@@ -107,13 +107,6 @@ def prepare(args: argparse.Namespace, *, keep_statistics: bool = False) -> tuple
         shape = tuple(x.shape)
         raise UserError(f"{args.model} does not run on an input {shape}: {type(error).__name__}: {error}") from error
     return model.to(dtype), x.to(dtype)
-
-
-def eager_copy(model: nn.Module) -> nn.Module:
-    """``model`` computed by module calls alone; our builders' models are fused from the start."""
-    from resnet_fused import unfuse
-
-    return unfuse(model)
 
 
 def to_json(value: Any) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.fusion import FusionEntry, report
+from resnet_fused.modules.conv_bn_relu import FusedStem
 from resnet_fused.testing.budget import Error, measure
 
 
@@ -55,8 +57,8 @@ def check(
     expected = flatten(eager(*_map(inputs, Tensor.clone)))
     try:
         got = flatten(fused(*_map(inputs, Tensor.clone)))
-    except Exception as error:  # whatever it is, the verdict tells it
-        return Verdict(name, kind, backend, None, f"raised {type(error).__name__}: {error}")
+    except Exception as raised:  # whatever it is, the verdict tells it
+        return Verdict(name, kind, backend, None, f"raised {type(raised).__name__}: {raised}")
     if got.keys() != expected.keys():
         return Verdict(name, kind, backend, None, f"outputs {sorted(got)}, eager's {sorted(expected)}")
     worst = Error(0.0, 0.0, 0.0)
@@ -96,22 +98,22 @@ def fused_parts(eager: nn.Module, fused: nn.Module, x: Tensor) -> list[Part]:
         fused: ``fuse(eager)``.
         x: the model's input.
     """
-    found = []
-    for entry in report(fused):
-        if entry.status != "fused":
-            continue
-        module = fused.get_submodule(entry.name)
-        if isinstance(module, FusedStem):
-            spec = module._fused.spec
-            (conv, norm), act = spec.pairs[0], spec.acts[0]
-            parts = [eager.get_submodule(".".join((*entry.name.split("."), *p)).lstrip(".")) for p in (conv, norm, act)]
-            found.append((entry, nn.Sequential(*parts), module.run_stem, parts[0]))
+    found: list[tuple[FusionEntry, nn.Module, Callable[..., Any], nn.Module]] = []
+    for entry in report(fused).fused:
+        if entry.kind == "stem":
+            owner = entry.name.removesuffix("stem").rstrip(".")
+            stem, home = fused.get_submodule(owner), eager.get_submodule(owner)
+            assert isinstance(stem, FusedStem)
+            spec = stem._fused.spec
+            layers = [home.get_submodule(".".join(keys)) for keys in (*spec.pairs[0], spec.acts[0])]
+            found.append((entry, nn.Sequential(*layers), stem.run_stem, layers[0]))
         else:
+            module = fused.get_submodule(entry.name)
             block = eager.get_submodule(entry.name)
             found.append((entry, block, module, block))
     inputs = _capture([first for *_, first in found], eager, x)
     return [
-        Part(entry.name or "(stem)", entry.kind, entry.backend, before, after, inputs[first])
+        Part(entry.name or "(model)", entry.kind, entry.backend, before, after, inputs[first])
         for entry, before, after, first in found
         if first in inputs
     ]

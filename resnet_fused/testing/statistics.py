@@ -42,8 +42,8 @@ def calibrate(model: nn.Module, x: Tensor, *, perturb: bool = False, seed: int =
                 vector = getattr(norm, name, None)
                 if isinstance(vector, Tensor):
                     vector.copy_(draw(vector, low, high))
-        norm.running_mean.copy_(mean)  # type: ignore[union-attr, operator]
-        norm.running_var.copy_(var)  # type: ignore[union-attr, operator]
+        norm.running_mean.copy_(mean)  # type: ignore[operator]
+        norm.running_var.copy_(var)  # type: ignore[operator]
 
     norms = [m for m in model.modules() if isinstance(getattr(m, "running_var", None), Tensor)]
     handles = [norm.register_forward_pre_hook(set_statistics) for norm in norms]

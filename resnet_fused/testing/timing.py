@@ -99,4 +99,4 @@ def _cuda_seconds(call: Callable[[], Any], loops: int) -> float:
         call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / loops
+    return float(start.elapsed_time(end)) / 1e3 / loops

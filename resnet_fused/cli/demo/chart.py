@@ -34,4 +34,5 @@ def draw(results: list[dict[str, Any]], subtitle: str, path: Path) -> None:
         axes.legend(loc="upper right", frameon=False, ncols=2)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
-    FigureCanvasAgg(figure).print_png(path)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", dpi=110)

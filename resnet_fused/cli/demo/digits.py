@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused.cli.bench import time_variants, variants
-from resnet_fused.cli.common import eager_copy, steps
+from resnet_fused.cli.common import steps
 from resnet_fused.testing.compare import check
 
 LEAST_ACCURACY = 0.97
@@ -73,7 +73,9 @@ def train(model: nn.Module, split: Split, config: Config, out: Console) -> None:
         model.parameters(), lr=config.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     per_epoch = -(-len(split.train_x) // config.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.epochs * per_epoch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=config.epochs * per_epoch
+    )
     reach = config.size // 8
     model.train()
     with steps(out, "training", config.epochs) as advance:
@@ -96,20 +98,20 @@ def run(config: Config, device: torch.device, out: Console) -> dict[str, Any]:
     """Train, fuse, compare every prediction on the held-out digits, and time both."""
     split = load(config.size, config.seed)
     torch.manual_seed(config.seed)
-    eager = eager_copy(resnet_fused.resnet20()).to(device)
-    train(eager, split, config, out)
+    model = resnet_fused.resnet20().to(device)
+    train(model, split, config, out)
     with _full_float32():
         x = split.test_x.to(device)
-        candidates = variants(eager, x)
+        candidates = variants(model, x)
         with torch.inference_mode():
             predicted = {name: model(image).argmax(1).cpu() for name, (model, image) in candidates.items()}
-        verdict = check("resnet20", "", "", eager, candidates["fused NCHW"][0], (x,))
+        verdict = check("resnet20", "", "", candidates["eager NCHW"][0], candidates["fused NCHW"][0], (x,))
         timings = time_variants(candidates, config.repeats, out, max_seconds=15)
     baseline = predicted["eager NCHW"]
     equal = min(int((p == baseline).sum()) for name, p in predicted.items() if name.startswith("fused"))
     return {
         "model": "resnet20",
-        "parameters": sum(p.numel() for p in eager.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "trained_on": len(split.train_y),
         "tested_on": len(split.test_y),
         "accuracy": float((baseline == split.test_y).double().mean()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused.cli.bench import time_variants, variants
-from resnet_fused.cli.common import DTYPES, eager_copy, steps
+from resnet_fused.cli.common import DTYPES, steps
 from resnet_fused.testing.compare import check, fused_parts
 from resnet_fused.testing.statistics import calibrate
 from resnet_fused.testing.timing import interleaved
@@ -58,13 +59,13 @@ def run(config: Config, device: torch.device, out: Console) -> list[dict[str, An
     results = []
     for name in config.models:
         torch.manual_seed(config.seed)
-        eager = eager_copy(getattr(resnet_fused, name)()).eval().to(device)
-        calibrate(eager, x)
+        base = getattr(resnet_fused, name)().eval().to(device)
+        calibrate(base, x)
         for dtype in config.dtypes:
             out.print(f"{name}, {len(x)} crops of {config.size}×{config.size}, {dtype}")
-            model, image = eager.to(DTYPES[dtype]), x.to(DTYPES[dtype])
-            candidates = variants(model, image)
-            verdict = check(name, "", "", model, candidates["fused channels_last"][0], (image,))
+            candidates = variants(copy.deepcopy(base).to(DTYPES[dtype]), x.to(DTYPES[dtype]))
+            eager, image = candidates["eager channels_last"]
+            verdict = check(name, "", "", eager, candidates["fused channels_last"][0], (image,))
             result = {"model": name, "dtype": dtype, "batch": len(x), "size": config.size, "verdict": verdict.to_dict()}
             if verdict.ok:
                 timings = time_variants(candidates, config.repeats, out, config.max_seconds)
@@ -75,9 +76,7 @@ def run(config: Config, device: torch.device, out: Console) -> list[dict[str, An
     return results
 
 
-def time_blocks(
-    candidates: dict[str, tuple[nn.Module, Tensor]], config: Config, out: Console
-) -> list[dict[str, Any]]:
+def time_blocks(candidates: dict[str, tuple[nn.Module, Tensor]], config: Config, out: Console) -> list[dict[str, Any]]:
     """Median milliseconds of every fused part alone, eager and fused, both in channels_last."""
     eager, x = candidates["eager channels_last"]
     fused = candidates["fused channels_last"][0]
