@@ -32,8 +32,12 @@ def candidates(x: Tensor, conv: ConvBN) -> tuple[str, ...]:
         return ("onednn", "reference")
     if x.device.type == "cuda" and x.dtype != torch.float64:
         # A 1x1 convolution is bound by memory, where the fused epilogue pays whole; a larger filter by arithmetic,
-        # where cuDNN's kernels are the safer choice until a tuning table says otherwise.
-        if conv.weight.shape[2:] == (1, 1) and conv.groups == 1:
+        # where cuDNN's kernels are the safer choice until a tuning table says otherwise. Its fused 7x7 has been seen
+        # many times slower than the plain one (pytorch#68506), so larger filters stay with eager.
+        filter_size = conv.weight.shape[2] * conv.weight.shape[3]
+        if filter_size > 9:
+            return ("reference",)
+        if filter_size == 1 and conv.groups == 1:
             return ("triton", "cudnn", "reference")
         return ("cudnn", "triton", "reference")
     return ("reference",)
@@ -100,9 +104,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Frozen-BN backward. With s = γ/√(var+eps), g the gradient behind the ReLU and V the gradient of the raw weight:
 
     dx = conv_dinput(g, s·w);  dw = s·V, V = conv_dweight(x, g);  dβ = Σ g;  d_residual = g;  d_bias = s·dβ;
-    dγ = (Σ g·conv(x, w) + (bias − mean)·dβ)/√(var+eps). Per output channel Σ g·conv(x, w) = ⟨V, w⟩, so that the
-    convolution's output is neither stored nor computed again; except in half precision, where V is rounded element
-    by element and the sum would lose what cancels in it: there the convolution is computed once more.
+    dγ = (⟨V, w⟩ + (bias − mean)·dβ)/√(var+eps), because Σ g·conv(x, w) = ⟨V, w⟩ per output channel: the
+    convolution's output is neither stored nor computed again.
     """
     x, weight, bias, gamma, mean, var, output = ctx.saved_tensors
     eps, stride, padding, dilation, groups = ctx.geometry
@@ -125,20 +128,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx = convolution_backward(scaled, [True, False, False])[0]
     if need_bias or need_gamma or need_beta:
         dbeta = grad.sum((0, 2, 3), dtype=wide)
-    half = x.dtype != wide
-    if need_weight or (need_gamma and not half):
+    if need_weight or need_gamma:
         raw = convolution_backward(weight, [False, True, False])[1].to(wide)
+        if need_gamma:
+            assert dbeta is not None
+            offset = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
+            dgamma = (((raw * weight.to(wide)).sum((1, 2, 3)) + offset * dbeta) * rstd).to(gamma.dtype)
         if need_weight:
             dweight = (raw * scale.view(column)).to(weight.dtype)
-    if need_gamma:
-        assert dbeta is not None
-        if half:
-            y = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
-            product = (grad.to(wide) * y).sum((0, 2, 3))
-        else:
-            product = (raw * weight).sum((1, 2, 3))
-        offset = -mean.to(wide) if bias is None else bias.to(wide) - mean.to(wide)
-        dgamma = ((product + offset * dbeta) * rstd).to(gamma.dtype)
     if need_bias:
         assert dbeta is not None
         dbias = (scale * dbeta).to(bias.dtype)
