@@ -49,12 +49,15 @@ def check(
 ) -> Verdict:
     """Compare ``fused(*inputs)`` with ``eager(*inputs)``: values within the budget, and shapes, dtypes, strides alike.
 
-    Nested outputs (dictionaries, lists) are compared tensor by tensor; the worst one counts. What ``fused`` raises is
-    a problem, not an exception.
+    Eager's error counts in either memory format, as in :func:`resnet_fused.testing.budget.measure`. Nested outputs
+    (dictionaries, lists) are compared tensor by tensor; the worst one counts. What ``fused`` raises is a problem of the
+    verdict, not an exception.
     """
     wide = copy.deepcopy(eager).double()
     reference = flatten(wide(*_map(inputs, lambda t: t.double() if t.is_floating_point() else t)))
+    del wide
     expected = flatten(eager(*_map(inputs, Tensor.clone)))
+    first, second = (_run_in(layout, eager, inputs) for layout in (torch.contiguous_format, torch.channels_last))
     try:
         got = flatten(fused(*_map(inputs, Tensor.clone)))
     except Exception as raised:  # whatever it is, the verdict tells it
@@ -69,13 +72,19 @@ def check(
                 text = f"{attribute} {_plain(getattr(out, attribute))}, eager's {_plain(getattr(want, attribute))}"
                 return Verdict(name, kind, backend, None, text)
         if want.is_floating_point():
-            error = measure(out, want, reference[key])
+            error = measure(out, first[key], reference[key], second[key])
             worst = worst if error.ratio <= worst.ratio else error
         elif not torch.equal(out, want):
-            return Verdict(name, kind, backend, None, f"output {key or 'of integers'} differs")
+            return Verdict(name, kind, backend, None, f"{key or 'the output'} differs")
         if out.stride() != want.stride():
             return Verdict(name, kind, backend, worst, f"strides {out.stride()}, eager's {want.stride()}")
     return Verdict(name, kind, backend, worst)
+
+
+def _run_in(layout: torch.memory_format, model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
+    """The output of ``model`` with its weights and its images in this memory format."""
+    turned = copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
+    return flatten(turned(*_map(inputs, lambda t: t.clone(memory_format=layout) if t.dim() == 4 else t.clone())))
 
 
 @dataclass(frozen=True)

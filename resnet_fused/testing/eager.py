@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.fusion import unfuse
+from resnet_fused.fusion.api import unfuse
 from resnet_fused.modules import FusedConvBNReLU
 from resnet_fused.modules.block import FusedBlock
 from resnet_fused.modules.conv_bn_relu import FusedStem

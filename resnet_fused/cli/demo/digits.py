@@ -89,7 +89,7 @@ def train(model: nn.Module, split: Split, config: Config, out: Console) -> None:
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                total += float(loss) * len(chosen)
+                total += loss.item() * len(chosen)
             advance(f"loss {total / len(split.train_x):.3f}")
     model.eval()
 
