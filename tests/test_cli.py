@@ -69,6 +69,15 @@ def one_name_for_this_file(monkeypatch):
     monkeypatch.setitem(sys.modules, __name__, sys.modules[Tiny.__module__])
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For tensors this small more threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def wrong_reference(monkeypatch):
     """The reference backend, which eager does not use, forgets β."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import importlib.util
+import io
 import json
 
 import pytest
@@ -25,6 +25,15 @@ from resnet_fused.testing.compare import Verdict
 CPU = torch.device("cpu")
 DIGITS = digits.Config(epochs=1, size=8, batch=512, repeats=2)
 PHOTOS = photos.Config(models=("resnet20",), size=32, rows=1, columns=2, repeats=2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For tensors this small more threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -57,18 +66,19 @@ def test_crops_are_what_the_photographs_hold():
         photos.crops(500, 1, 1)
 
 
-def test_training_lowers_the_loss(quiet):
+def test_training_lowers_the_loss():
     whole = digits.load(8, seed=0)
-    split = digits.Split(whole.train_x[:512], whole.train_y[:512], whole.train_x[:512], whole.train_y[:512])
+    split = digits.Split(whole.train_x[:512], whole.train_y[:512], whole.test_x, whole.test_y)
     torch.manual_seed(0)
     model = rf.resnet20(planes=(8, 16, 32))
-    before = copy.deepcopy(model.state_dict())
-    digits.train(model, split, digits.Config(epochs=3, size=8, batch=64), quiet)
+    plain = Console(file=io.StringIO(), width=80)
+    digits.train(model, split, digits.Config(epochs=4, size=8), plain)
+    lines = plain.file.getvalue().splitlines()
+    losses = [float(line.rpartition(" ")[2]) for line in lines]
+    assert [line.split()[1] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]
+    assert losses[-1] < 0.7 * losses[0]
     assert not model.training
-    assert int(model.bn1.num_batches_tracked) == 3 * 8
-    assert not torch.equal(model.state_dict()["fc.weight"], before["fc.weight"])
-    with torch.no_grad():
-        assert (model(split.test_x).argmax(1) == split.test_y).double().mean() > 0.5
+    assert int(model.bn1.num_batches_tracked) == 4 * 8
 
 
 def test_the_whole_demo(tmp_path, capsys):
