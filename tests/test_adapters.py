@@ -164,7 +164,7 @@ def test_registered_block():
     class Mine(Parts):
         def forward(self, x):
             for conv, norm in ((self.first, self.n1), (self.second, self.n2)):
-                y = norm(conv(x if conv is self.first else F.relu(y)))
+                y = norm(conv(x if conv is self.first else F.relu(y)))  # noqa: F821
             return F.relu(y + self.shortcut(x))
 
     class Other(Mine):
@@ -270,7 +270,7 @@ def test_filter_and_strict():
     fused = rf.fuse(model, filter_fn=lambda name, module: name == "layer2.0")
     assert [e.name for e in rf.report(fused).fused] == ["layer2.0"]
     model.layer3[0].relu = nn.SiLU()
-    with pytest.raises(rf.FusionError, match="layer3.0"):
+    with pytest.raises(rf.FusionError, match=r"layer3\.0"):
         rf.fuse_(model, strict=True)
     assert not rf.is_fused(model)
     rf.fuse_(model, strict=True, filter_fn=lambda name, module: name != "layer3.0")

@@ -14,6 +14,8 @@ from resnet_fused.ops.convbn import ConvBN
 from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.cases import ConvCase
 
+F32 = torch.float32
+
 
 def conv(
     c: int, k: int, kernel: int = 1, stride: int = 1, groups: int = 1, dtype: torch.dtype = torch.float32
@@ -103,13 +105,11 @@ def test_gradients_equal_eagers(kind: str) -> None:
         tensors = [call.x, *(t for c in call.convs for t in (c.weight, c.bn_weight, c.bn_bias))]
         return torch.autograd.grad(out.square().sum(), [t for t in tensors if t is not None])
 
-    call = call._replace(convs=tuple(c._replace(running_mean=c.running_mean.detach(), running_var=c.running_var.detach())
-                                     for c in call.convs))  # fmt: skip
-    if call.shortcut is not None:
-        c = call.shortcut
-        call = call._replace(
-            shortcut=c._replace(running_mean=c.running_mean.detach(), running_var=c.running_var.detach())
-        )
+    def frozen(c: ConvBN) -> ConvBN:
+        return c._replace(running_mean=c.running_mean.detach(), running_var=c.running_var.detach())
+
+    shortcut = None if call.shortcut is None else frozen(call.shortcut)
+    call = call._replace(convs=tuple(map(frozen, call.convs)), shortcut=shortcut)
     for got, want in zip(gradients(run(call)), gradients(eager(call)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 

@@ -25,6 +25,7 @@ from resnet_fused.ops.convbn import short_dtype
 
 ARCHITECTURES = (80, 90, 100)
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_CLASSES = ((torch.bfloat16, "tf32"), (torch.float16, "tf32"), (torch.float32, "tf32"), (torch.float32, "ieee"))
 _VECTORS = ("bias", "mean", "var", "gamma", "beta")
 
 
@@ -74,7 +75,7 @@ class Compiled(NamedTuple):
     def row(self) -> str:
         """One line of the table."""
         counts = f"{self.wgmma:5d} {self.tcgen05:7d} {self.mma:5d} {self.tma:5d}"
-        return f"{self.variant.id:58s} {self.registers:5d} {self.shared:7d} {self.stack + self.local:6d} {counts}"
+        return f"{self.variant.id:66s} {self.registers:5d} {self.shared:7d} {self.stack + self.local:6d} {counts}"
 
     def faults(self) -> list[str]:
         """What is wrong with the kernel: spills, too much shared memory, missing instructions."""
@@ -96,7 +97,7 @@ class Compiled(NamedTuple):
         return found
 
 
-HEADER = f"{'kernel':58s} {'regs':>5s} {'shared':>7s} {'spills':>6s} wgmma tcgen05   mma   tma"
+HEADER = f"{'kernel':66s} {'regs':>5s} {'shared':>7s} {'spills':>6s} wgmma tcgen05   mma   tma"
 
 
 def compile_variant(variant: Variant) -> Compiled:
@@ -161,7 +162,7 @@ def _specialise(v: Variant) -> tuple[Any, dict[str, str], dict[str, Any]]:
     if not v.residual:
         constants["residual"] = None
     if v.shape == "reduce":
-        constants |= {"SPLITS": config.split_k, "BM": 8, "BN": 128}
+        constants |= {"SPLITS": config.split_k, "BM": 4, "BN": 128}
         kernel = kernels.conv_reduce
     elif config.kernel == "pointer":
         kernel = kernels.conv_pointer
@@ -179,34 +180,40 @@ def _specialise(v: Variant) -> tuple[Any, dict[str, str], dict[str, Any]]:
         read = f"tensordesc<{element}[{tn}, {th}, {tw}, {config.block_k}]>"
         types |= dict.fromkeys(("x00", "x01", "x10", "x11"), read)
         types["weight"] = f"tensordesc<{element}[{config.block_n}, 1, {config.block_k}]>"
-        types |= dict.fromkeys(("residual", "out"), f"tensordesc<{element}[{tn}, {th}, {tw}, {config.block_n}]>")
+        types |= dict.fromkeys(
+            ("residual", "out"), f"tensordesc<{element}[{tn}, {th}, {tw}, {config.block_n // config.parts}]>"
+        )
         if stride == 1:
             constants |= dict.fromkeys(("x01", "x10", "x11"), None)
         constants |= {"R": size, "S": size, "STRIDE": stride, "PAD_H": size // 2, "PAD_W": size // 2}
         constants |= {"DIL_H": 1, "DIL_W": 1, "TN": tn, "TH": th, "TW": tw, "BN": config.block_n}
-        constants |= {"BK": config.block_k, "GROUP_M": config.group_m}
+        constants |= {"BK": config.block_k, "GROUP_M": config.group_m, "PARTS": config.parts}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     return kernel, dict.fromkeys(kernel.arg_names, "i32") | types, constants
 
 
 def variants(capabilities: Iterable[int] = ARCHITECTURES, thorough: bool = True) -> Iterator[Variant]:
-    """Every shipped config and dtype on each architecture that it fits; ``thorough`` adds each shape of filter.
+    """Every shipped config and dtype on each architecture that it fits, in each shape of filter that it walks.
 
-    Without ``thorough``: bfloat16 in each config's hardest shape, the other dtypes on the newest architectures.
+    Without ``thorough``: each config in the shape that takes the most registers, float16 (which compiles as bfloat16
+    does) on compute capability 9.0 alone, and one kernel with 64-bit offsets and with sizes of one per architecture.
     """
-    classes = [(torch.bfloat16, "tf32"), (torch.float16, "tf32"), (torch.float32, "tf32"), (torch.float32, "ieee")]
     for capability in capabilities:
         arch = cfg.Architecture(capability, 1, cfg.shared_limit(capability))
-        for dtype, precision in classes:
-            for config in cfg.shipped(dtype, precision):
-                fits = config.shared_bytes(dtype.itemsize) <= arch.shared_limit
-                if not fits or (config.kernel == "descriptor" and not arch.descriptors):
-                    continue
-                shapes = ["1x1", "3x3s2", "3x3"] if config.kernel == "descriptor" else ["taps", "flat", "rows"]
-                if config.split_k > 1:
-                    shapes = ["taps", "reduce", "rows", "flat"]
-                for shape in shapes if thorough else shapes[:2]:
+        for dtype, precision in _CLASSES:
+            if dtype == torch.float16 and not thorough and capability != 90:
+                continue
+            configs = [c for c in cfg.shipped(dtype, precision) if cfg.fits(c, dtype, arch)]
+            for config in configs:
+                shapes = ["3x3s2", "3x3", "1x1"] if config.kernel == "descriptor" else ["flat", "taps", "rows"]
+                for shape in shapes if thorough else shapes[: 2 if dtype == torch.bfloat16 else 1]:
                     yield Variant(config, dtype, precision, shape, capability)
+                if config.split_k > 1:
+                    yield Variant(config, dtype, precision, "reduce", capability)
+            if thorough or dtype == torch.bfloat16:
+                for shape in ("flat", "taps", "rows"):
+                    yield Variant(configs[0], dtype, precision, shape, capability, wide=True)
+                    yield Variant(configs[0], dtype, precision, shape, capability, residual=False, ones=True)
 
 
 def compile_all(wanted: Iterable[Variant], processes: int = 2) -> Iterator[Compiled]:
@@ -219,7 +226,7 @@ def main() -> int:
     """Print the table; return 1 when some kernel has a fault."""
     parser = argparse.ArgumentParser(description="Compile every shipped Triton config and print what came out.")
     parser.add_argument("--sm", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, 90 for 9.0")
-    parser.add_argument("--quick", action="store_true", help="the two hardest shapes of filter per config")
+    parser.add_argument("--quick", action="store_true", help="the hardest shapes of filter per config")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     print(HEADER)

@@ -23,7 +23,7 @@ from resnet_fused.ops.convbn import ConvBNActCall, short_dtype
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16  # bytes: of a descriptor's base and strides
 _NARROW_SPAN = 2**30  # elements up to which offsets, with all that a tile overhangs, stay within 32 bits
-_REDUCE_TILE = (8, 128)
+_REDUCE_TILE = (4, 128)
 
 
 class Operands(NamedTuple):
@@ -218,7 +218,7 @@ def _launch_descriptor(
 
     def output(tensor: Tensor) -> TensorDescriptor:
         strides = [p * q * channels, q * channels, channels, 1]
-        return TensorDescriptor(tensor, [n, p, q, channels], strides, [*tile, config.block_n])
+        return TensorDescriptor(tensor, [n, p, q, channels], strides, [*tile, config.block_n // config.parts])
 
     programs = min(cfg.tiles(problem, config), arch.processors * config.blocks_per_sm)
     kernels.conv_descriptor[(programs,)](
@@ -227,7 +227,7 @@ def _launch_descriptor(
         R=r, S=s, STRIDE=conv.stride[0], PAD_H=conv.padding[0], PAD_W=conv.padding[1],
         DIL_H=conv.dilation[0], DIL_W=conv.dilation[1], RELU=call.act == "relu", PRECISION=problem.precision,
         TN=tile[0], TH=tile[1], TW=tile[2], BN=config.block_n, BK=config.block_k, GROUP_M=config.group_m,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        PARTS=config.parts, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -89,10 +89,19 @@ class ConvConfig(NamedTuple):
     split_k: int = 1
     blocks_per_sm: int = 1
     group_m: int = 8
+    below: int = 1000  # the first compute capability on which ptxas spills
 
     def __str__(self) -> str:
         split = f"-split{self.split_k}" if self.split_k > 1 else ""
         return f"{self.kernel}-{self.block_m}x{self.block_n}x{self.block_k}-w{self.warps}s{self.stages}{split}"
+
+    @property
+    def parts(self) -> int:
+        """How many parts the descriptor kernel's epilogue takes a tile in: 32 accumulators per thread at a time.
+
+        With more, ptxas spills on compute capability 10.0, where a thread holds a whole row of the tile.
+        """
+        return max(1, self.block_m * self.block_n // (32 * self.warps * 32))
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory of the pipelined operands, a lower bound on what the kernel takes."""
@@ -127,7 +136,7 @@ POINTER_FLOAT = (
     ConvConfig("pointer", 64, 64, 32, 4, 3, split_k=16),
 )
 DESCRIPTOR_HALF = (
-    ConvConfig("descriptor", 128, 256, 64, 8, 3),  # the most arithmetic per byte of shared memory
+    ConvConfig("descriptor", 128, 256, 64, 8, 3, below=100),  # the most arithmetic per byte of shared memory
     ConvConfig("descriptor", 128, 128, 64, 8, 4),  # the general tile
     ConvConfig("descriptor", 256, 64, 64, 8, 4),  # 64 output channels, many pixels
     ConvConfig("descriptor", 128, 64, 64, 4, 4, blocks_per_sm=2),  # 64 output channels: one epilogue hides another
@@ -147,6 +156,13 @@ def shipped(dtype: torch.dtype, precision: str = "tf32") -> tuple[ConvConfig, ..
     if dtype != torch.float32:
         return POINTER_HALF + DESCRIPTOR_HALF
     return POINTER_FLOAT + (DESCRIPTOR_TF32 if precision == "tf32" else ())
+
+
+def fits(config: ConvConfig, dtype: torch.dtype, arch: Architecture) -> bool:
+    """Whether the architecture can run this config at all."""
+    if config.kernel == "descriptor" and not arch.descriptors:
+        return False
+    return arch.capability < config.below and config.shared_bytes(dtype.itemsize) <= arch.shared_limit
 
 
 def mode(problem: Problem, config: ConvConfig) -> str:
@@ -202,10 +218,10 @@ def valid(problem: Problem, arch: Architecture) -> tuple[ConvConfig, ...]:
 
 
 def _serves(config: ConvConfig, problem: Problem, arch: Architecture) -> bool:
-    if config.shared_bytes(problem.dtype.itemsize) > arch.shared_limit:
+    if not fits(config, problem.dtype, arch):
         return False
     if config.kernel == "descriptor":
-        return arch.descriptors and problem.describable
+        return problem.describable
     return config.split_k <= steps(problem, config)
 
 

@@ -16,17 +16,20 @@ INTERPRETING = tl.constexpr(backends.interpreting())
 
 @triton.jit
 def _batch_norm(acc, k, k_ok, bias, mean, var, gamma, beta, eps):
-    """Batch norm of a tile [BM, BN] whose columns are the output channels k, in eager's order of operations."""
+    """Batch norm of a tile [BM, BN] whose columns are the output channels k.
+
+    (v + bias − mean)·γ/√(var + eps) + β as v·scale + shift: two vectors beside the tile, not five, fit in registers.
+    """
     scale = tl.rsqrt(tl.load(var + k, mask=k_ok, other=1.0).to(tl.float32) + eps)
     if gamma is not None:
         scale = scale * tl.load(gamma + k, mask=k_ok, other=0.0).to(tl.float32)
-    offset = tl.load(mean + k, mask=k_ok, other=0.0).to(tl.float32)
+    shift = -tl.load(mean + k, mask=k_ok, other=0.0).to(tl.float32)
     if bias is not None:
-        acc = acc + tl.load(bias + k, mask=k_ok, other=0.0).to(tl.float32)[None, :]
-    acc = (acc - offset[None, :]) * scale[None, :]
+        shift += tl.load(bias + k, mask=k_ok, other=0.0).to(tl.float32)
+    shift = shift * scale
     if beta is not None:
-        acc = acc + tl.load(beta + k, mask=k_ok, other=0.0).to(tl.float32)[None, :]
-    return acc
+        shift += tl.load(beta + k, mask=k_ok, other=0.0).to(tl.float32)
+    return acc * scale[None, :] + shift[None, :]
 
 
 @triton.jit
@@ -203,6 +206,27 @@ def _convolve(
 
 
 @triton.jit
+def _halves(acc, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _finish(
+    acc, n0, p0, q0, k0, residual, out, bias, mean, var, gamma, beta, eps, K,
+    RELU: tl.constexpr, TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of TN x TH x TW pixels by the BN channels from k0."""
+    k = k0 + tl.arange(0, BN)
+    y = _batch_norm(acc, k, k < K, bias, mean, var, gamma, beta, eps)
+    if residual is not None:
+        y += residual.load([n0, p0, q0, k0]).reshape(TN * TH * TW, BN).to(tl.float32)
+    if RELU:
+        y = _relu(y)
+    out.store([n0, p0, q0, k0], y.to(out.dtype).reshape(TN, TH, TW, BN))
+
+
+@triton.jit
 def conv_descriptor(
     x00, x01, x10, x11, weight, residual, out, bias, mean, var, gamma, beta, eps,
     N, P, Q, C, K,
@@ -210,10 +234,12 @@ def conv_descriptor(
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr,
     TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Implicit GEMM by tensor descriptors. A tile is TN x TH x TW output pixels by BN channels; x_ij describes the
     rows of parity i and the columns of parity j (stride 1: x00 describes all). One image row of M pixels makes this
-    a plain GEMM. Grid: as many programs as stay resident, each walking over tiles.
+    a plain GEMM. residual and out are described in blocks of BN / PARTS channels: the epilogue takes the tile in that
+    many parts, so that it fits in registers. Grid: as many programs as stay resident, each walking over tiles.
     """
     BM: tl.constexpr = TN * TH * TW
     tiles_q = tl.cdiv(Q, TW)
@@ -236,10 +262,23 @@ def conv_descriptor(
                             R, S, STRIDE, PAD_H, PAD_W, DIL_H, DIL_W, PRECISION, BM, BN, BK)  # fmt: skip
             acc = _convolve(acc, x11, weight, n0, p0, q0, k0, C, 1, 1,
                             R, S, STRIDE, PAD_H, PAD_W, DIL_H, DIL_W, PRECISION, BM, BN, BK)  # fmt: skip
-        k = k0 + tl.arange(0, BN)
-        y = _batch_norm(acc, k, k < K, bias, mean, var, gamma, beta, eps)
-        if residual is not None:
-            y += residual.load([n0, p0, q0, k0]).reshape(BM, BN).to(tl.float32)
-        if RELU:
-            y = _relu(y)
-        out.store([n0, p0, q0, k0], y.to(out.dtype).reshape(TN, TH, TW, BN))
+        if PARTS == 1:
+            _finish(acc, n0, p0, q0, k0, residual, out, bias, mean, var, gamma, beta, eps, K, RELU, TN, TH, TW, BN)
+        else:
+            left, right = _halves(acc, BM, BN)
+            if PARTS == 2:
+                _finish(left, n0, p0, q0, k0, residual, out, bias, mean, var, gamma, beta, eps, K,
+                        RELU, TN, TH, TW, BN // 2)  # fmt: skip
+                _finish(right, n0, p0, q0, k0 + BN // 2, residual, out, bias, mean, var, gamma, beta, eps, K,
+                        RELU, TN, TH, TW, BN // 2)  # fmt: skip
+            else:
+                one, two = _halves(left, BM, BN // 2)
+                three, four = _halves(right, BM, BN // 2)
+                _finish(one, n0, p0, q0, k0, residual, out, bias, mean, var, gamma, beta, eps, K,
+                        RELU, TN, TH, TW, BN // 4)  # fmt: skip
+                _finish(two, n0, p0, q0, k0 + BN // 4, residual, out, bias, mean, var, gamma, beta, eps, K,
+                        RELU, TN, TH, TW, BN // 4)  # fmt: skip
+                _finish(three, n0, p0, q0, k0 + BN // 2, residual, out, bias, mean, var, gamma, beta, eps, K,
+                        RELU, TN, TH, TW, BN // 4)  # fmt: skip
+                _finish(four, n0, p0, q0, k0 + BN // 4 * 3, residual, out, bias, mean, var, gamma, beta, eps, K,
+                        RELU, TN, TH, TW, BN // 4)  # fmt: skip
