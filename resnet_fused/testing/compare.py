@@ -76,7 +76,7 @@ def check(
             worst = worst if error.ratio <= worst.ratio else error
         elif not torch.equal(out, want):
             return Verdict(name, kind, backend, None, f"{key or 'the output'} differs")
-        if out.stride() != want.stride():
+        if _strides(out) != _strides(want):
             return Verdict(name, kind, backend, worst, f"strides {out.stride()}, eager's {want.stride()}")
     return Verdict(name, kind, backend, worst)
 
@@ -169,6 +169,11 @@ def _map(inputs: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(inputs, (tuple, list)):
         return type(inputs)(_map(item, fn) for item in inputs)
     return inputs
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """The strides that mean something: PyTorch's own convolutions disagree on those of dimensions of size 1."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
 
 
 def _plain(value: Any) -> Any:
