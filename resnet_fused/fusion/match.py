@@ -85,6 +85,12 @@ def _refusal(module: nn.Module, spec: BlockSpec) -> str | None:
         found = find(module, idle_path)
         if not idle(found):
             return f"{'.'.join(idle_path)} is {_class(found)}, need None or nn.Identity"
+    for path, length in spec.containers:
+        container, name = find(module, path), ".".join(path)
+        if type(container) is not nn.Sequential or len(container) != length:
+            return f"{name} is not the Sequential of {length} modules that it was"
+        if parts.touched(container):
+            return _touched(container, name)
     return None
 
 

@@ -72,6 +72,10 @@ class FusedBlock(FusedModule):
         for idle_path in spec.idle:
             if not idle(find(self, idle_path)):
                 return None
+        for path, length in spec.containers:
+            container = find(self, path)
+            if type(container) is not nn.Sequential or parts.touched(container) or len(container) != length:
+                return None
         return None if parts.watched() else pairs
 
     def _shortcut(self) -> Pair | nn.Module | None:

@@ -32,12 +32,14 @@ class BlockSpec:
     pairs are the (convolution, norm) paths in the order of computation. acts are the paths of all ReLU modules that the
     forward uses, none where it calls the functional form. shortcut is the path of the projection, whose absence (None
     or an empty Sequential) means x itself. idle are modules that must be absent, or Identity, for this to hold.
+    containers are the Sequentials that hold parts of it and are themselves called, with the number of their children.
     """
 
     pairs: tuple[tuple[Path, Path], ...]
     acts: tuple[Path, ...] = ()
     shortcut: Path | None = None
     idle: tuple[Path, ...] = ()
+    containers: tuple[tuple[Path, int], ...] = ()
 
     @classmethod
     def of(cls, convs: str, norms: str, acts: str = "", shortcut: str | None = None, idle: str = "") -> BlockSpec:

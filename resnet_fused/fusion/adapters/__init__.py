@@ -10,7 +10,7 @@ from types import CodeType
 
 from torch import nn
 
-from resnet_fused.fusion.adapters import torchvision
+from resnet_fused.fusion.adapters import source, torchvision
 from resnet_fused.fusion.adapters.table import BlockAdapter, StemAdapter
 from resnet_fused.modules.spec import BlockSpec
 
@@ -79,7 +79,7 @@ def find_adapter(module: nn.Module) -> BlockAdapter | str | None:
         if name in _BLOCKS:
             same = _own_methods(cls, base, ("forward",)) and _called_plainly(cls)
             return _BLOCKS[name] if same else _other_forward(cls, base)
-    return None
+    return source.read_block(module) if _called_plainly(cls) else None
 
 
 def find_stem(module: nn.Module) -> StemAdapter | str | None:
