@@ -1,8 +1,8 @@
 """Blocks of classes that no table knows, tutorials' and the user's own, matched by reading their forward.
 
-A forward made of nothing but calls of submodules, ReLU, sums and an optional shortcut is turned into the expression that
-it computes, and that expression must be a residual block's: names of attributes play no part. Any other statement,
-decorator, closure or condition, and the class is not taken for a block.
+A forward made of nothing but calls of submodules, ReLU, sums and an optional shortcut is turned into the expression
+that it computes, and that expression must be a residual block's: names of attributes play no part. Any other
+statement, decorator, closure or condition, and the class is not taken for a block.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -45,12 +45,13 @@ def read_block(module: nn.Module) -> BlockAdapter | None:
 
 def _adapter(module: nn.Module, expression: Expr) -> BlockAdapter | None:
     """Match relu(norm(conv(… relu(norm(conv(x))))) + shortcut)."""
-    acts: list[Path] = []
-    containers: list[tuple[Path, int]] = []
-    total = _act(expression, acts)
+    last: list[Path] = []
+    total = _act(expression, last)
     if total is None or total[0] != "add":
         return None
     for chain, added in (total[1:], total[:0:-1]):
+        acts = list(last)
+        containers: list[tuple[Path, int]] = []
         if added == _X:
             shortcut = None
         elif added[0] in ("call", "maybe") and added[2] == _X:
@@ -130,9 +131,11 @@ def _read(code: CodeType, where: _Globals) -> Expr | None:
         tree = ast.parse(source)
     except (OSError, TypeError, SyntaxError):
         return None
-    if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef) or not _same_code(tree, code):
+    if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
         return None
     definition = tree.body[0]
+    if not _same_code(definition, code, function.__globals__):
+        return None
     names = [a.arg for a in definition.args.args]
     if definition.decorator_list or len(names) != 2 or definition.args.defaults or definition.args.kwonlyargs:
         return None
@@ -142,14 +145,34 @@ def _read(code: CodeType, where: _Globals) -> Expr | None:
         return None
 
 
-def _same_code(tree: ast.Module, code: CodeType) -> bool:
-    """Whether the source found is that of the code that runs, rather than an edited file's."""
-    for constant in compile(tree, "<forward>", "exec", dont_inherit=True).co_consts:
-        if isinstance(constant, CodeType) and constant.co_name == code.co_name:
-            return (constant.co_code, constant.co_names, constant.co_consts, constant.co_varnames) == (
-                code.co_code, code.co_names, code.co_consts, code.co_varnames
-            )  # fmt: skip
+def _same_code(definition: ast.FunctionDef, code: CodeType, globals_: dict[str, Any]) -> bool:
+    """Whether the source found is that of the code that runs, rather than an edited file's.
+
+    Python compiles ``F.relu(x)`` otherwise where it saw F being imported, so both ways are tried.
+    """
+    modules = [name for name in code.co_names if isinstance(globals_.get(name), ModuleType)]
+    imports: list[ast.stmt] = [ast.Import([ast.alias(name)]) for name in modules]
+    for before in ([], imports):
+        tree = ast.fix_missing_locations(ast.Module([*before, definition], []))
+        for constant in compile(tree, "<forward>", "exec", dont_inherit=True).co_consts:
+            if isinstance(constant, CodeType) and _content(constant) == _content(code):
+                return True
     return False
+
+
+def _content(code: CodeType) -> tuple[Any, ...]:
+    return (code.co_name, code.co_code, code.co_names, code.co_consts, code.co_varnames)
+
+
+def _calls(expression: Expr) -> int:
+    """How many calls are in it."""
+    match expression:
+        case ("relu", inner) | ("call" | "maybe", _, inner):
+            return 1 + _calls(inner)
+        case ("add", left, right):
+            return _calls(left) + _calls(right)
+        case _:
+            return 0
 
 
 class _Reader:
@@ -158,6 +181,7 @@ class _Reader:
     def __init__(self, me: str, x: str, globals_: dict[str, Any]) -> None:
         self.me, self.globals = me, globals_
         self.values: dict[str, Expr] = {x: _X}
+        self.calls = 0
 
     def run(self, body: list[ast.stmt]) -> Expr:
         for statement in body:
@@ -174,7 +198,10 @@ class _Reader:
                 case ast.If(test=test, body=[ast.Assign(targets=[ast.Name(id=name)], value=value)], orelse=orelse):
                     self.values[name] = self.optional(test, name, value, orelse)
                 case ast.Return(value=value) if value is not None:
-                    return self.value(value)
+                    result = self.value(value)
+                    if _calls(result) != self.calls:
+                        raise _Unreadable  # some call is not part of the result, or is more than once
+                    return result
                 case _:
                     raise _Unreadable
         raise _Unreadable
@@ -205,6 +232,7 @@ class _Reader:
             case ast.BinOp(left=left, op=ast.Add(), right=right):
                 return ("add", self.value(left), self.value(right))
             case ast.Call(func=func, args=[argument], keywords=keywords):
+                self.calls += 1
                 if self.is_relu(func):
                     if any(k.arg != "inplace" or not isinstance(k.value, ast.Constant) for k in keywords):
                         raise _Unreadable
