@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
-import torch
 from torch import Tensor, nn
 
 from resnet_fused.fusion.api import fuse, unfuse
-from resnet_fused.testing.budget import Error, measure
+from resnet_fused.testing.budget import Error
+from resnet_fused.testing.models import compare
 
 
 def verify(block: nn.Module, x: Tensor, *, backend: str = "auto") -> Error:
@@ -16,16 +14,14 @@ def verify(block: nn.Module, x: Tensor, *, backend: str = "auto") -> Error:
 
     Args:
         block: a block or a whole model, fused or not, whose output is one tensor. It is not changed.
-        x: its input.
+        x: its input, ``[N, C, H, W]``.
         backend: as in ``fuse``.
 
     Returns:
         The worst element: ``ok`` tells whether the error is at most twice eager's plus one rounding step.
 
     Raises:
-        FusionError: nothing in ``block`` can be fused.
+        FusionError: nothing in ``block`` can be fused, or some block in it is left alone.
     """
     eager = unfuse(block).eval()
-    fused = fuse(eager, backend=backend, strict=True)
-    with torch.no_grad():
-        return measure(fused(x), eager(x), copy.deepcopy(eager).double()(x.double()))
+    return compare(fuse(eager, backend=backend, strict=True), eager, x)
