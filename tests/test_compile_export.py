@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import resnet_fused as rf
-from resnet_fused.testing.models import randomise_norms
+from resnet_fused.testing.networks import randomise_norms
 from resnet_fused.testing.torchvision_compat import import_torchvision
 
 torchvision = import_torchvision()

@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
-# None in sys.modules is how Python itself marks a module that cannot be imported.
-BLOCK = "import sys\nsys.modules.update(dict.fromkeys({blocked}))\n"
+BLOCKED = ("triton", "numpy", "rich", "torchvision", "timm")
+BLOCK = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))\n"
 
 FUSE = """
 import torch, resnet_fused as rf
@@ -24,7 +24,7 @@ def run(code: str) -> str:
 
 
 def test_importing_and_fusing_needs_torch_alone():
-    run(BLOCK.format(blocked=["triton", "numpy", "rich", "torchvision", "timm"]) + FUSE)
+    run(BLOCK + FUSE)
 
 
 def test_import_loads_neither_triton_nor_torchvision():

@@ -10,7 +10,7 @@ from torch import nn
 
 import resnet_fused as rf
 from resnet_fused.testing.budget import assert_within_budget
-from resnet_fused.testing.models import compare, randomise_norms
+from resnet_fused.testing.networks import compare, randomise_norms
 from resnet_fused.testing.torchvision_compat import import_torchvision
 
 torchvision = import_torchvision()

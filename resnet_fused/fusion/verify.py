@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from resnet_fused.fusion.api import fuse, unfuse
 from resnet_fused.testing.budget import Error
-from resnet_fused.testing.models import compare
+from resnet_fused.testing.networks import compare
 
 
 def verify(block: nn.Module, x: Tensor, *, backend: str = "auto") -> Error:

@@ -44,6 +44,13 @@ class FusedBlock(FusedModule):
                 return self._op(x, *data, projection, backend=state.backend)
         return self._steps(x, pairs, shortcut, state.backend)
 
+    def uses_given_statistics(self) -> bool:
+        """Whether the block, as it is now, would run as one op: each image apart from the others."""
+        pairs, shortcut = self._pairs(), self._shortcut()
+        if pairs is None or isinstance(shortcut, nn.Module):
+            return False
+        return all(parts.read(*pair) is not None for pair in (*pairs, *([shortcut] if shortcut else [])))
+
     def _steps(self, x: Tensor, pairs: list[Pair], shortcut: Pair | nn.Module | None, backend: str) -> Tensor:
         hidden = x
         for conv, norm in pairs[:-1]:

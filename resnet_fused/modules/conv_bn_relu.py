@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.modules import parts
+from resnet_fused.modules import depth_first, parts
 from resnet_fused.modules.base import FusedModule
 from resnet_fused.modules.spec import BlockSpec, FusedState, find
 from resnet_fused.ops.convbn import ACTS
@@ -90,9 +91,29 @@ class FusedStem(FusedModule):
 
     def run_stem(self, x: Tensor) -> Tensor:
         """relu(norm(conv(x)))."""
+        conv, norm, act = self._stem()
+        if not self._stem_is_plain():
+            return act(norm(conv(x)))  # type: ignore[no-any-return]
+        return parts.step(x, conv, norm, "relu", None, self._fused.backend)
+
+    def run_features(self, x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
+        """The stem and then ``layers``, flattened to ``[N, features]``; large batches on the CPU depth first."""
+
+        def features(part: Tensor) -> Tensor:
+            part = self.run_stem(part)
+            for layer in layers:
+                part = layer(part)
+            return torch.flatten(part, 1)
+
+        conv, norm, _ = self._stem()
+        if not self._stem_is_plain() or parts.read(conv, norm) is None:
+            return features(x)
+        return depth_first.run(features, x, conv, layers)
+
+    def _stem(self) -> tuple[Any, Any, Any]:
         spec = self._fused.spec
-        conv, norm = (find(self, keys) for keys in spec.pairs[0])
-        act: Any = find(self, spec.acts[0])
-        if not parts.bypassable(conv, norm) or not parts.plain_relu(act) or parts.watched():
-            return act(norm(conv(x)))  # type: ignore[misc, no-any-return]
-        return parts.step(x, conv, norm, "relu", None, self._fused.backend)  # type: ignore[arg-type]
+        return (*(find(self, keys) for keys in spec.pairs[0]), find(self, spec.acts[0]))  # type: ignore[return-value]
+
+    def _stem_is_plain(self) -> bool:
+        conv, norm, act = self._stem()
+        return parts.bypassable(conv, norm) and parts.plain_relu(act) and not parts.watched()

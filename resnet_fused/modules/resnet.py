@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from resnet_fused.modules.blocks import FusedBasicBlock, FusedBottleneck, Norm, conv1x1
@@ -120,10 +119,8 @@ class ResNet(FusedStem):
                 nn.init.constant_(last.weight, 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.run_stem(x))
-        for name in self.stages:
-            x = self._modules[name](x)  # type: ignore[misc]
-        return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]
+        stages: Any = [self._modules[name] for name in self.stages]
+        return self.fc(self.run_features(x, [self.maxpool, *stages, self.avgpool]))  # type: ignore[no-any-return]
 
 
 def resnet18(**options: Any) -> ResNet:

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from resnet_fused.fusion.adapters.table import BlockAdapter, StemAdapter
@@ -39,9 +38,8 @@ class FusedResNet(FusedStem):
     fc: nn.Module
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.run_stem(x))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]
+        layers = [self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4, self.avgpool]
+        return self.fc(self.run_features(x, layers))  # type: ignore[no-any-return]
 
 
 class FusedLayerGetter(FusedStem):

@@ -15,8 +15,8 @@ from resnet_fused.ops.convbn import ConvBN, ConvBNActCall
 
 _CACHE = packed.new_cache()
 
-# Buffers of one sub-batch. glibc maps each allocation above 32 MB afresh and gives it back when freed, so that every
-# use pays for its page faults; below that a freed buffer is used again at once. Several are alive in a block.
+# Buffers of one sub-batch inside a block. glibc maps each allocation above 32 MB afresh and gives it back when freed,
+# so that every use pays for its page faults; below that a freed buffer is used again: the heap is the workspace.
 SUB_BATCH_BYTES = 16 << 20
 
 
@@ -50,11 +50,12 @@ def run(call: ConvBNActCall) -> Tensor:
         residual = residual.contiguous(memory_format=torch.channels_last)
     if call.act == "none":
         return convolve(x, call.conv, residual)
-    per_image = output_numel(call.conv, x) * x.element_size()
-    size = sub_batch(n, per_image)
+    height, width = call.conv.output_size(x.shape[2], x.shape[3])
+    channels = call.conv.weight.shape[0]
+    size = sub_batch(n, channels * height * width * x.element_size())
     if size == n:
         return convolve(x, call.conv, residual).relu_()
-    out = empty_output(call.conv, x)
+    out = torch.empty((n, channels, height, width), dtype=x.dtype, memory_format=torch.channels_last)
     for at in range(0, n, size):
         part = slice(at, at + size)
         y = convolve(x[part], call.conv, None if residual is None else residual[part])
@@ -86,18 +87,6 @@ def sub_batch(n: int, bytes_per_image: int) -> int:
         if n % size == 0:
             return size
     return limit
-
-
-def output_numel(conv: ConvBN, x: Tensor) -> int:
-    """Elements of the output for one image."""
-    height, width = conv.output_size(x.shape[2], x.shape[3])
-    return conv.weight.shape[0] * height * width
-
-
-def empty_output(conv: ConvBN, x: Tensor) -> Tensor:
-    """An uninitialised channels_last tensor for the convolution's output."""
-    shape = (x.shape[0], conv.weight.shape[0], *conv.output_size(x.shape[2], x.shape[3]))
-    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
 
 
 class _Prepared:
