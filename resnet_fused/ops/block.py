@@ -16,11 +16,13 @@ from resnet_fused import backends
 from resnet_fused.ops import library
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.conv_bn_act import reference
-from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, check_addend, check_conv, short_dtype
+from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, Shape, check_addend, check_conv, check_input, short_dtype
 from resnet_fused.ops.layout import like_eager
 
 _TENSORS = ("weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
 _FIELDS = len(ConvBN._fields)
+
+_CONV_NAMES = ("conv1", "conv2", "conv3")
 
 RunConv = Callable[[ConvBNActCall], Tensor]
 
@@ -56,16 +58,16 @@ def run_chain(call: BlockCall, run_conv: RunConv) -> Tensor:
 
 def check_block(call: BlockCall) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the call is sound."""
-    x, like = call.x, call.x
-    for i, conv in enumerate(call.convs, 1):
-        check_conv(like, conv, f"conv{i}")
-        shape = (x.shape[0], conv.weight.shape[0], *conv.output_size(like.shape[2], like.shape[3]))
-        like = x.new_empty(1).expand(shape)  # shape, dtype and device of the next input, no memory
+    x = call.x
+    check_input(x)
+    shape: Shape | None = None
+    for name, conv in zip(_CONV_NAMES, call.convs, strict=False):
+        shape = check_conv(x, conv, name, shape)
+    assert shape is not None
     if call.shortcut is not None:
         if call.identity is not None:
             raise ValueError("identity: got a tensor beside shortcut, need at most one of the two")
-        check_conv(x, call.shortcut, "shortcut")
-        out = (x.shape[0], call.shortcut.weight.shape[0], *call.shortcut.output_size(x.shape[2], x.shape[3]))
+        out = check_conv(x, call.shortcut, "shortcut")
         if out != shape:
             raise ValueError(f"shortcut: gives shape {out}, need the block's {shape}")
     elif call.identity is not None:

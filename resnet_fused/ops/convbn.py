@@ -9,6 +9,8 @@ from torch import Tensor
 
 ACTS = ("relu", "none")
 
+Shape = tuple[int, int, int, int]
+
 
 class ConvBN(NamedTuple):
     """A convolution followed by batch norm with given statistics: the parameters, not the input.
@@ -70,61 +72,75 @@ def short_dtype(dtype: torch.dtype) -> str:
     }.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def check_conv(x: Tensor, conv: ConvBN, name: str = "") -> None:
-    """Raise ValueError or TypeError, naming the argument, unless ``conv`` can be applied to ``x``.
-
-    ``name`` ("conv1", say) goes before the argument's name when one op has several convolutions.
-    """
-    at = f"{name}." if name else ""
-    weight = conv.weight
+def check_input(x: Tensor) -> None:
+    """Raise ValueError or TypeError unless ``x`` is a floating-point ``[N, C, H, W]``."""
     if x.dim() != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, need 4 dimensions [N, C, H, W]")
     if not x.is_floating_point():
         raise TypeError(f"x: got {x.dtype}, need a floating-point dtype")
+
+
+def check_conv(x: Tensor, conv: ConvBN, name: str = "", shape: Shape | None = None) -> Shape:
+    """The output's shape; raise ValueError or TypeError, naming the argument, unless ``conv`` can be applied.
+
+    Args:
+        x: gives dtype and device, and its shape unless ``shape`` is another.
+        name: goes before the argument's name when one op has several convolutions ("conv1", say).
+        shape: of the convolution's own input, where that is not x.
+    """
+    at = f"{name}." if name else ""
+    weight, dtype, device = conv.weight, x.dtype, x.device
+    n, c, h, w = x.shape if shape is None else shape
     if weight.dim() != 4:
         raise ValueError(f"{at}weight: got shape {tuple(weight.shape)}, need 4 dimensions [K, C/groups, R, S]")
-    for pair_name in ("stride", "padding", "dilation"):
-        pair, least = getattr(conv, pair_name), 0 if pair_name == "padding" else 1
-        if len(pair) != 2 or min(pair) < least:
-            raise ValueError(f"{at}{pair_name}: got {tuple(pair)}, need two integers of at least {least}")
-    out_channels, channels = weight.shape[0], weight.shape[1] * conv.groups
+    if len(conv.stride) != 2 or min(conv.stride) < 1:
+        raise ValueError(f"{at}stride: got {conv.stride}, need two integers of at least 1")
+    if len(conv.padding) != 2 or min(conv.padding) < 0:
+        raise ValueError(f"{at}padding: got {conv.padding}, need two integers of at least 0")
+    if len(conv.dilation) != 2 or min(conv.dilation) < 1:
+        raise ValueError(f"{at}dilation: got {conv.dilation}, need two integers of at least 1")
+    out_channels, per_group = weight.shape[:2]
     if conv.groups < 1 or out_channels % conv.groups:
         raise ValueError(f"{at}groups: got {conv.groups}, need a divisor of the {out_channels} output channels")
-    if x.shape[1] != channels:
+    if c != per_group * conv.groups:
         raise ValueError(
-            f"x: got {x.shape[1]} channels, need {channels} for {at}weight of shape {tuple(weight.shape)} "
-            f"with groups={conv.groups}"
+            f"{'x' if shape is None else f'{at}weight'}: the input has {c} channels, {at}weight of shape "
+            f"{tuple(weight.shape)} with groups={conv.groups} needs {per_group * conv.groups}"
         )
-    if weight.dtype != x.dtype:
+    if weight.dtype != dtype:
         raise TypeError(
-            f"{at}weight: got {weight.dtype} with x of {x.dtype}, need one dtype; convert the module with "
-            f".to({x.dtype}) or the input with x.to({weight.dtype}), or run under torch.autocast"
+            f"{at}weight: got {weight.dtype} with x of {dtype}, need one dtype; convert the module with "
+            f".to({dtype}) or the input with x.to({weight.dtype}), or run under torch.autocast"
         )
-    height, width = conv.output_size(x.shape[2], x.shape[3])
+    if weight.device != device:
+        raise ValueError(f"{at}weight: got a tensor on {weight.device} with x on {device}, need one device")
+    height, width = conv.output_size(h, w)
     if height < 1 or width < 1:
         raise ValueError(
-            f"x: got an image of {x.shape[2]}x{x.shape[3]}, too small for {at}weight of shape {tuple(weight.shape)} "
-            f"with padding={tuple(conv.padding)}, dilation={tuple(conv.dilation)}"
+            f"x: got an image of {h}x{w}, too small for {at}weight of shape {tuple(weight.shape)} "
+            f"with padding={conv.padding}, dilation={conv.dilation}"
         )
-    for label, vector in zip(ConvBN._fields[1:6], conv.tensors()[1:], strict=True):
-        if vector is None:
-            if label.startswith("running"):
-                raise ValueError(f"{at}{label}: got None, need the statistics; without them use the training op")
+    for i, vector in enumerate(conv.tensors()):
+        if i == 0:
             continue
-        if vector.shape != (out_channels,):
-            raise ValueError(f"{at}{label}: got shape {tuple(vector.shape)}, need ({out_channels},)")
-        if vector.dtype != x.dtype and not (vector.dtype == torch.float32 and x.dtype != torch.float64):
-            raise TypeError(f"{at}{label}: got {vector.dtype}, need {x.dtype} or float32")
-        if vector.device != x.device:
-            raise ValueError(f"{at}{label}: got a tensor on {vector.device} with x on {x.device}, need one device")
-    if weight.device != x.device:
-        raise ValueError(f"{at}weight: got a tensor on {weight.device} with x on {x.device}, need one device")
+        if vector is None:
+            if i > 3:
+                raise ValueError(f"{at}{ConvBN._fields[i]}: got None, need the statistics, [{out_channels}]")
+        elif vector.shape != (out_channels,):
+            raise ValueError(f"{at}{ConvBN._fields[i]}: got shape {tuple(vector.shape)}, need ({out_channels},)")
+        elif vector.dtype != dtype and (vector.dtype != torch.float32 or dtype == torch.float64):
+            raise TypeError(f"{at}{ConvBN._fields[i]}: got {vector.dtype}, need {dtype} or float32")
+        elif vector.device != device:
+            raise ValueError(
+                f"{at}{ConvBN._fields[i]}: got a tensor on {vector.device} with x on {device}, need one device"
+            )
+    return (n, out_channels, height, width)
 
 
-def check_addend(value: Tensor, like_shape: tuple[int, ...], x: Tensor, name: str) -> None:
-    """Raise unless ``value`` can be added to an output of ``like_shape`` that has x's dtype and device."""
-    if tuple(value.shape) != like_shape:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, need the output's {like_shape}")
+def check_addend(value: Tensor, shape: Shape, x: Tensor, name: str) -> None:
+    """Raise unless ``value`` can be added to an output of this shape that has x's dtype and device."""
+    if value.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, need the output's {shape}")
     if value.dtype != x.dtype:
         raise TypeError(f"{name}: got {value.dtype} with x of {x.dtype}, need one dtype")
     if value.device != x.device:
@@ -133,10 +149,9 @@ def check_addend(value: Tensor, like_shape: tuple[int, ...], x: Tensor, name: st
 
 def check_call(call: ConvBNActCall) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the call is sound."""
-    check_conv(call.x, call.conv)
+    check_input(call.x)
+    shape = check_conv(call.x, call.conv)
     if call.act not in ACTS:
         raise ValueError(f"act: got {call.act!r}, need one of {ACTS}")
     if call.residual is not None:
-        x, conv = call.x, call.conv
-        shape = (x.shape[0], conv.weight.shape[0], *conv.output_size(x.shape[2], x.shape[3]))
-        check_addend(call.residual, shape, x, "residual")
+        check_addend(call.residual, shape, call.x, "residual")

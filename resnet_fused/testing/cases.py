@@ -88,6 +88,13 @@ def double(call: ConvBNActCall) -> ConvBNActCall:
     return ConvBNActCall(call.x.double(), conv._replace(**wide), residual, call.act)  # type: ignore[arg-type]
 
 
+def in_format(call: ConvBNActCall, memory_format: torch.memory_format) -> ConvBNActCall:
+    """The same call with x, weight and residual in another memory format."""
+    conv = call.conv._replace(weight=call.conv.weight.contiguous(memory_format=memory_format))
+    residual = None if call.residual is None else call.residual.contiguous(memory_format=memory_format)
+    return ConvBNActCall(call.x.contiguous(memory_format=memory_format), conv, residual, call.act)
+
+
 # Small problems with odd sizes, tails and every option: what each kernel must take.
 CONV_CASES = (
     ConvCase(2, 16, 7, 5, 24),

@@ -1,0 +1,111 @@
+"""The block classes that we know: one table per model family, looked up by the class's module path and name.
+
+A table names classes and says where their parts are, so a family whose package is not installed costs nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import CodeType
+
+from torch import nn
+
+from resnet_fused.fusion.adapters import source, torchvision
+from resnet_fused.fusion.adapters.table import BlockAdapter, StemAdapter
+from resnet_fused.modules.spec import BlockSpec
+
+__all__ = ["BlockAdapter", "StemAdapter", "find_adapter", "find_stem", "register_adapter"]
+
+_BLOCKS: dict[str, BlockAdapter] = {**torchvision.BLOCKS}
+_REFUSED: dict[str, str] = {**torchvision.REFUSED}
+_STEMS: dict[str, StemAdapter] = {**torchvision.STEMS}
+_REGISTERED: dict[type, tuple[BlockAdapter, CodeType]] = {}
+_LOCK = threading.Lock()
+
+
+def register_adapter(
+    cls: type[nn.Module],
+    *,
+    convs: tuple[str, ...],
+    norms: tuple[str, ...],
+    acts: tuple[str, ...] = (),
+    shortcut: str | None = None,
+    idle: tuple[str, ...] = (),
+) -> None:
+    """Let ``fuse`` take your own class of residual blocks.
+
+    Its forward must compute, with two or three convolutions::
+
+        h = x
+        for conv, norm in zip(convs, norms): h = norm(conv(h)), followed by a ReLU except at the end
+        return relu(h + (x if shortcut is None else shortcut(x)))
+
+    Args:
+        cls: the block's class. A subclass of it is taken only while it has the same forward.
+        convs, norms: dotted attribute paths, in the order of computation.
+        acts: paths of all the ReLU modules that forward uses; empty when it calls ``F.relu``.
+        shortcut: path of the projection; where it is None or an empty Sequential in a block, x itself is added.
+        idle: paths of modules that must be None or nn.Identity for the above to hold.
+
+    ``verify(block, x)`` compares a block with its fused form on your input.
+
+    Raises:
+        TypeError: ``cls`` is not a class of modules with a forward of its own.
+        ValueError: not two or three convolutions, or not one norm for each.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)) or cls.forward is nn.Module.forward:
+        raise TypeError(f"cls: got {cls!r}, need a subclass of nn.Module that defines forward")
+    if len(convs) not in (2, 3) or len(norms) != len(convs):
+        raise ValueError(f"convs, norms: got {len(convs)} and {len(norms)} paths, need two or three of each")
+    code = getattr(cls.forward, "__code__", None)
+    if code is None:
+        raise TypeError(f"cls: the forward of {cls.__name__} is no plain function")
+    spec = BlockSpec.of(" ".join(convs), " ".join(norms), " ".join(acts), shortcut, " ".join(idle))
+    with _LOCK:
+        _REGISTERED[cls] = (BlockAdapter("basic_block" if len(convs) == 2 else "bottleneck", spec), code)
+
+
+def find_adapter(module: nn.Module) -> BlockAdapter | str | None:
+    """The adapter of a block; the reason why a relative of a known class cannot be taken; None for anything else."""
+    cls = type(module)
+    for base in cls.__mro__:
+        if base in _REGISTERED:
+            adapter, code = _REGISTERED[base]
+            own = getattr(cls.forward, "__code__", None)
+            return adapter if own is code and _called_plainly(cls) else _other_forward(cls, base)
+        name = f"{base.__module__}.{base.__qualname__}"
+        if name in _REFUSED:
+            return _REFUSED[name]
+        if name in _BLOCKS:
+            same = _own_methods(cls, base, ("forward",)) and _called_plainly(cls)
+            return _BLOCKS[name] if same else _other_forward(cls, base)
+    return source.read_block(module) if _called_plainly(cls) else None
+
+
+def find_stem(module: nn.Module) -> StemAdapter | str | None:
+    """The adapter of a model's stem; the reason why a relative of a known model's cannot be taken; None otherwise."""
+    cls = type(module)
+    for base in cls.__mro__:
+        adapter = _STEMS.get(f"{base.__module__}.{base.__qualname__}")
+        if adapter is not None:
+            same = _own_methods(cls, base, adapter.methods) and _called_plainly(cls)
+            return adapter if same else _other_forward(cls, base)
+    return None
+
+
+def _own_methods(cls: type, base: type, names: tuple[str, ...]) -> bool:
+    """Whether ``cls`` has each method as ``base``'s own source defines it: neither overridden nor patched."""
+    for name in names:
+        method = vars(base).get(name)
+        origin = (getattr(method, "__module__", None), getattr(method, "__qualname__", None))
+        if getattr(cls, name) is not method or origin != (base.__module__, f"{base.__qualname__}.{name}"):
+            return False
+    return True
+
+
+def _called_plainly(cls: type[nn.Module]) -> bool:
+    return cls.__call__ is nn.Module.__call__
+
+
+def _other_forward(cls: type, base: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__} has another forward than {base.__module__}.{base.__qualname__}"

@@ -1,0 +1,47 @@
+# Everything runs in $(VENV), made on first use. Another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out
+MODEL ?= resnet50
+
+BIN := $(VENV)/bin
+# Every install is bound by constraints.txt, so that no dependency brings another torch.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo    train, fuse, compare and time on real images; a chart and figures in $(OUT)/"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff (lint and format) and mypy"
+	@echo "make bench   time $(MODEL), eager beside fused; MODEL=timm:resnet50 for another"
+	@echo "make clean   remove $(VENV), $(OUT)/ and what the tools left"
+
+demo: $(VENV)/.bench
+	$(BIN)/resnet-fused demo --out $(OUT)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/resnet-fused bench $(MODEL)
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find resnet_fused tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "make: $(PYTHON) is missing or older than Python 3.10; name another: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) setuptools wheel torch
+	@touch $@
+
+$(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py
+	$(PIP_INSTALL) --no-build-isolation -e '.[$*]'
+	@touch $@

@@ -1,0 +1,41 @@
+"""The rows of the adapters' tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from resnet_fused.modules.block import FusedBlock
+from resnet_fused.modules.blocks import FusedBasicBlock, FusedBottleneck
+from resnet_fused.modules.conv_bn_relu import FusedStem
+from resnet_fused.modules.spec import BlockSpec
+
+KINDS: dict[str, type[FusedBlock]] = {"basic_block": FusedBasicBlock, "bottleneck": FusedBottleneck}
+
+
+@dataclass(frozen=True)
+class BlockAdapter:
+    """A class of blocks: which kind it is (a key of ``KINDS``) and where its parts are."""
+
+    kind: str
+    spec: BlockSpec
+
+
+def _always(module: nn.Module) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class StemAdapter:
+    """A class of models with a stem.
+
+    fused overrides the method that runs the stem; methods are those of the class that it relies on; refusal says why a
+    given model's stem cannot be fused, or None.
+    """
+
+    spec: BlockSpec
+    fused: type[FusedStem]
+    methods: tuple[str, ...]
+    refusal: Callable[[nn.Module], str | None] = _always

@@ -1,0 +1,81 @@
+"""torchvision: resnet, resnext, wide_resnet, and the backbones of its detection and segmentation models."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from resnet_fused.fusion.adapters.table import BlockAdapter, StemAdapter
+from resnet_fused.modules.conv_bn_relu import FusedStem
+from resnet_fused.modules.resnet import STEM
+from resnet_fused.modules.spec import BASIC_BLOCK, BOTTLENECK
+
+BLOCKS = {
+    "torchvision.models.resnet.BasicBlock": BlockAdapter("basic_block", BASIC_BLOCK),
+    "torchvision.models.resnet.Bottleneck": BlockAdapter("bottleneck", BOTTLENECK),
+}
+
+REFUSED = {
+    "torchvision.models.quantization.resnet.QuantizableBasicBlock": "a quantizable block, whose forward is another",
+    "torchvision.models.quantization.resnet.QuantizableBottleneck": "a quantizable block, whose forward is another",
+    "torchvision.models.video.resnet.BasicBlock": "a video block of three-dimensional convolutions",
+    "torchvision.models.video.resnet.Bottleneck": "a video block of three-dimensional convolutions",
+}
+
+
+class FusedResNet(FusedStem):
+    """torchvision's ResNet with its stem as one op."""
+
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+    avgpool: nn.Module
+    fc: nn.Module
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        layers = [self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4, self.avgpool]
+        return self.fc(self.run_features(x, layers))  # type: ignore[no-any-return]
+
+
+class FusedLayerGetter(FusedStem):
+    """torchvision's IntermediateLayerGetter over a ResNet, with the stem as one op."""
+
+    return_layers: dict[str, str]
+    _original_forward: Callable[[Tensor], OrderedDict[str, Tensor]]
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        if _layer_getter_refusal(self) is not None:
+            return self._original_forward(x)
+        x = self.run_stem(x)
+        out: OrderedDict[str, Tensor] = OrderedDict()
+        for name, module in self._modules.items():
+            if name not in _STEM_NAMES:
+                x = module(x)  # type: ignore[misc]
+            if name in self.return_layers:
+                out[self.return_layers[name]] = x
+        return out
+
+
+_STEM_NAMES = ("conv1", "bn1", "relu")
+
+
+def _layer_getter_refusal(module: nn.Module) -> str | None:
+    if tuple(module._modules)[:3] != _STEM_NAMES:
+        return "its first layers are not conv1, bn1 and relu"
+    wanted: Any = module.return_layers
+    if "conv1" in wanted or "bn1" in wanted:
+        return "it returns what is inside the stem"
+    return None
+
+
+STEMS = {
+    "torchvision.models.resnet.ResNet": StemAdapter(STEM, FusedResNet, ("forward", "_forward_impl")),
+    "torchvision.models._utils.IntermediateLayerGetter": StemAdapter(
+        STEM, FusedLayerGetter, ("forward",), _layer_getter_refusal
+    ),
+}

@@ -1,0 +1,226 @@
+"""fuse, unfuse and their reports."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import backends
+from resnet_fused.fusion.choice import chosen_backend
+from resnet_fused.fusion.match import Match, match, pairs_of
+from resnet_fused.fusion.report import FUSED, SKIPPED, FusionEntry, FusionReport
+from resnet_fused.modules.base import FusedModule, adopt, original_class, release
+from resnet_fused.modules.spec import FusedState
+
+M = TypeVar("M", bound=nn.Module)
+Filter = Callable[[str, nn.Module], bool]
+
+
+class FusionError(ValueError):
+    """``fuse(strict=True)`` met something that it has to leave alone; the message says what, and why."""
+
+
+def fuse(
+    model: M,
+    *,
+    inplace: bool = False,
+    backend: str = "auto",
+    filter_fn: Filter | None = None,
+    strict: bool = False,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> M:
+    """Make the residual blocks and the stem of ``model`` run as fused ops.
+
+    Each of them keeps its object, parameters, buffers, state_dict keys, hooks and attributes; only its class becomes
+    one derived from FusedBasicBlock or FusedBottleneck and its own. What cannot be fused is left alone: ``report`` of
+    the result says what, and why. The model can be trained, moved, saved and loaded as before.
+
+    Equivalent to::
+
+        model if inplace else copy.deepcopy(model)      # in what it computes
+
+    Args:
+        model: any module; blocks are found wherever they are in it, ``model`` may be one itself.
+        inplace: change ``model`` itself and return it.
+        backend: "auto", or a name in ``resnet_fused.backends.NAMES``, for every op of the fused parts.
+        filter_fn: called with the name and module of each block or owner of a stem; False leaves it alone.
+        strict: raise when there is no residual block, or when one is left alone though ``filter_fn`` wanted it.
+        memory_format: strides of the fused convolutions' weights: torch.channels_last, as kernels read them, or
+            torch.preserve_format. Values and Parameter objects stay the same.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: there is no such backend or memory format.
+        FusionError: see ``strict``; ``model`` is then unchanged.
+    """
+    _check_model(model)
+    backend = backends.check_name(backend)
+    if memory_format not in (torch.channels_last, torch.preserve_format):
+        raise ValueError(f"memory_format: got {memory_format}, need torch.channels_last or torch.preserve_format")
+    if strict:
+        _check_strict(model, filter_fn)
+    if not inplace:
+        model = copy.deepcopy(model)
+    for name, module, found in list(_matches(model)):
+        if found.spec is None or (filter_fn is not None and not filter_fn(name, module)):
+            continue
+        if isinstance(module, FusedModule):
+            module._fused = dataclasses.replace(module._fused, backend=backend)
+        elif found.reason is None and found.fused is not None:
+            adopt(module, found.fused, FusedState(found.spec, backend))
+        if isinstance(module, FusedModule) and memory_format is torch.channels_last and found.reason is None:
+            _relayout(module, found)
+    return model
+
+
+def fuse_(
+    model: M,
+    *,
+    backend: str = "auto",
+    filter_fn: Filter | None = None,
+    strict: bool = False,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> M:
+    """``fuse(model, inplace=True, …)``."""
+    return fuse(
+        model, inplace=True, backend=backend, filter_fn=filter_fn, strict=strict, memory_format=memory_format
+    )  # fmt: skip
+
+
+def unfuse(model: M, *, inplace: bool = False) -> M:
+    """Undo ``fuse``: every fused part has its own class and its weights' own strides again.
+
+    Parameters, buffers and hooks are those of the fused model: what was trained or loaded meanwhile stays. Modules that
+    are ours by birth (``FusedBottleneck(…)``, ``resnet50()``) stay what they are.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        RuntimeError: something else has changed the class of a fused part since; undo that first.
+    """
+    _check_model(model)
+    if not inplace:
+        model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, FusedModule):
+            continue
+        if original_class(module) is None and hasattr(type(module), "_original_class"):
+            raise RuntimeError(
+                f"model: the class of {name or 'the model'} was changed after fusion, to {type(module).__name__}; "
+                "undo that before unfuse"
+            )
+        for parameter, (shape, strides) in module._fused.layouts.items():
+            _restore(module, parameter, shape, strides)
+        if original_class(module) is not None:
+            release(module)
+        else:
+            module._fused = dataclasses.replace(module._fused, layouts={})
+    return model
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether anything in ``model`` is a fused module."""
+    return any(isinstance(module, FusedModule) for module in model.modules())
+
+
+def explain(model: nn.Module, *, backend: str = "auto", filter_fn: Filter | None = None) -> FusionReport:
+    """What ``report(fuse(model, …))`` would say, without changing or copying ``model``."""
+    _check_model(model)
+    entries = []
+    for name, module, found in _matches(model):
+        wanted = filter_fn is None or filter_fn(name, module)
+        reason = found.reason if wanted or isinstance(module, FusedModule) else _NOT_FUSED
+        entries.append(_entry(name, module, found, reason, backends.check_name(backend)))
+    return FusionReport(tuple(entries))
+
+
+def report(model: nn.Module) -> FusionReport:
+    """What in ``model`` is fused, by which backend, and what is not, and why.
+
+    ``backend`` of an entry is what "auto" chooses for the device and dtype that the parameters have now.
+    """
+    _check_model(model)
+    entries = []
+    for name, module, found in _matches(model):
+        if isinstance(module, FusedModule):
+            entries.append(_entry(name, module, found, found.reason, module._fused.backend))
+        else:
+            entries.append(_entry(name, module, found, found.reason or _NOT_FUSED, ""))
+    return FusionReport(tuple(entries))
+
+
+_NOT_FUSED = "can be fused, but fuse was not asked to"
+
+
+def _entry(name: str, module: nn.Module, found: Match, reason: str | None, backend: str) -> FusionEntry:
+    label = f"{name}.stem".lstrip(".") if found.kind == "stem" else name
+    if reason is not None or found.spec is None:
+        return FusionEntry(label, found.kind, SKIPPED, reason or "")
+    pairs = pairs_of(module, found.spec)
+    return FusionEntry(label, found.kind, FUSED, found.note, chosen_backend(found.kind, pairs, backend))
+
+
+def _matches(model: nn.Module) -> Iterator[tuple[str, nn.Module, Match]]:
+    for name, module in model.named_modules():
+        found = match(module)
+        if found is not None:
+            yield name, module, found
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, need an nn.Module")
+
+
+def _check_strict(model: nn.Module, filter_fn: Filter | None) -> None:
+    blocks = [m for m in _matches(model) if m[2].kind != "stem"]
+    if not blocks:
+        raise FusionError(
+            f"model: {type(model).__name__} has no residual block of a known class, and strict=True was asked; "
+            "name your own block class with resnet_fused.register_adapter, or use strict=False"
+        )
+    for name, module, found in blocks:
+        if found.reason is not None and (filter_fn is None or filter_fn(name, module)):
+            raise FusionError(
+                f"model: {name or type(module).__name__} cannot be fused, and strict=True was asked: {found.reason}; "
+                "leave it out with filter_fn, or use strict=False"
+            )
+
+
+def _relayout(module: FusedModule, found: Match) -> None:
+    """Give the weights of the fused convolutions channels_last strides; note those they had."""
+    assert found.spec is not None
+    convs = {id(conv) for conv, _ in pairs_of(module, found.spec)}
+    layouts = dict(module._fused.layouts)
+    for name, child in module.named_modules():
+        weight = child._parameters.get("weight")
+        if id(child) not in convs or weight is None:
+            continue
+        before = weight.stride()
+        _set_data(weight, weight.data.contiguous(memory_format=torch.channels_last))
+        if weight.stride() != before:
+            layouts.setdefault(f"{name}.weight", (tuple(weight.shape), before))
+    module._fused = dataclasses.replace(module._fused, layouts=layouts)
+    module.refresh()
+
+
+def _restore(module: nn.Module, name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """Give a weight the strides that it had, unless it has become another since."""
+    try:
+        weight = module.get_parameter(name)
+    except AttributeError:
+        return
+    if tuple(weight.shape) == shape and weight.stride() != strides:
+        data = weight.data
+        _set_data(
+            weight, torch.empty_strided(shape, strides, dtype=data.dtype, device=data.device).copy_(data)
+        )  # fmt: skip
+
+
+def _set_data(weight: Tensor, data: Tensor) -> None:
+    if data is not weight.data:
+        weight.data = data

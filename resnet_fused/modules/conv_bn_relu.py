@@ -1,0 +1,119 @@
+"""A convolution, its batch norm and ReLU as one module; and the same triple inside a model that owns it, the stem."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_fused.modules import depth_first, parts
+from resnet_fused.modules.base import FusedModule
+from resnet_fused.modules.spec import BlockSpec, FusedState, find
+from resnet_fused.ops.convbn import ACTS
+
+IntOrPair = int | tuple[int, int]
+
+
+class FusedConvBNReLU(FusedModule):
+    """Convolution, batch norm and ReLU, one op in eval mode.
+
+    Equivalent to::
+
+        F.relu(bn(conv(x)))         # act="relu"
+        bn(conv(x))                 # act="none"
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in nn.Conv2d.
+        eps, momentum: as in nn.BatchNorm2d.
+        act: "relu" or "none".
+
+    Its children are ``conv`` and ``bn``. Input ``[N, in_channels, H, W]``, any floating dtype.
+
+    Raises:
+        ValueError: ``act`` is neither of the two.
+    """
+
+    _fused = FusedState(BlockSpec.of("conv", "bn"))
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: IntOrPair | str = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        bias: bool = False,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        act: str = "relu",
+    ) -> None:
+        super().__init__()
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self._set(conv, nn.BatchNorm2d(out_channels, eps, momentum), act)
+
+    @classmethod
+    def from_modules(cls, conv: nn.Module, bn: nn.Module, act: str = "relu") -> FusedConvBNReLU:
+        """The module around an existing convolution and norm, which it shares.
+
+        Raises:
+            ValueError: ``act`` is neither "relu" nor "none".
+        """
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module._set(conv, bn, act)
+        module.training = bn.training
+        return module
+
+    def _set(self, conv: nn.Module, bn: nn.Module, act: str) -> None:
+        if act not in ACTS:
+            raise ValueError(f"act: got {act!r}, need one of {ACTS}")
+        self.conv, self.bn, self.act = conv, bn, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, bn = self._modules["conv"], self._modules["bn"]
+        assert conv is not None and bn is not None
+        if not parts.bypassable(conv, bn) or parts.watched():
+            y: Tensor = bn(conv(x))
+            return F.relu(y) if self.act == "relu" else y
+        return parts.step(x, conv, bn, self.act, None, self._fused.backend)  # type: ignore[arg-type]
+
+
+class FusedStem(FusedModule):
+    """A model whose stem (convolution, norm, ReLU) is computed as one op; the three stay its own submodules."""
+
+    def fused_parts(self) -> Iterable[nn.Module]:
+        return [m for keys in self._fused.spec.pairs[0] if (m := find(self, keys)) is not None]
+
+    def run_stem(self, x: Tensor) -> Tensor:
+        """relu(norm(conv(x)))."""
+        conv, norm, act = self._stem()
+        if not self._stem_is_plain():
+            return act(norm(conv(x)))  # type: ignore[no-any-return]
+        return parts.step(x, conv, norm, "relu", None, self._fused.backend)
+
+    def run_features(self, x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
+        """The stem and then ``layers``, flattened to ``[N, features]``; large batches on the CPU depth first."""
+
+        def features(part: Tensor) -> Tensor:
+            part = self.run_stem(part)
+            for layer in layers:
+                part = layer(part)
+            return torch.flatten(part, 1)
+
+        conv, norm, _ = self._stem()
+        if not self._stem_is_plain() or parts.read(conv, norm) is None:
+            return features(x)
+        return depth_first.run(features, x, conv, layers)
+
+    def _stem(self) -> tuple[Any, Any, Any]:
+        spec = self._fused.spec
+        return (*(find(self, keys) for keys in spec.pairs[0]), find(self, spec.acts[0]))  # type: ignore[return-value]
+
+    def _stem_is_plain(self) -> bool:
+        conv, norm, act = self._stem()
+        return parts.bypassable(conv, norm) and parts.plain_relu(act) and not parts.watched()

@@ -1,0 +1,69 @@
+"""Where the parts of a block are, as data: what an adapter knows about a class of blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+Path = tuple[str, ...]
+
+
+def path(dotted: str) -> Path:
+    """``"layer.0.convolution"`` as the keys to walk."""
+    return tuple(dotted.split("."))
+
+
+def find(module: nn.Module, keys: Path) -> nn.Module | None:
+    """The submodule at ``keys``, or None where there is none."""
+    found: Any = module
+    for key in keys:
+        found = found._modules.get(key)
+        if found is None:
+            return None
+    return found  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """A block that computes ``relu(norm_n(conv_n(… relu(norm_1(conv_1(x))) …)) + shortcut(x))``.
+
+    pairs are the (convolution, norm) paths in the order of computation. acts are the paths of all ReLU modules that the
+    forward uses, none where it calls the functional form. shortcut is the path of the projection, whose absence (None
+    or an empty Sequential) means x itself. idle are modules that must be absent, or Identity, for this to hold.
+    containers are the Sequentials that hold parts of it and are themselves called, with the number of their children.
+    """
+
+    pairs: tuple[tuple[Path, Path], ...]
+    acts: tuple[Path, ...] = ()
+    shortcut: Path | None = None
+    idle: tuple[Path, ...] = ()
+    containers: tuple[tuple[Path, int], ...] = ()
+
+    @classmethod
+    def of(cls, convs: str, norms: str, acts: str = "", shortcut: str | None = None, idle: str = "") -> BlockSpec:
+        """From blank-separated dotted paths: ``BlockSpec.of("conv1 conv2", "bn1 bn2", "relu", "downsample")``."""
+        pairs = tuple((path(c), path(n)) for c, n in zip(convs.split(), norms.split(), strict=True))
+        return cls(
+            pairs,
+            tuple(map(path, acts.split())),
+            None if shortcut is None else path(shortcut),
+            tuple(map(path, idle.split())),
+        )
+
+
+BASIC_BLOCK = BlockSpec.of("conv1 conv2", "bn1 bn2", "relu", "downsample")
+BOTTLENECK = BlockSpec.of("conv1 conv2 conv3", "bn1 bn2 bn3", "relu", "downsample")
+
+
+@dataclass(frozen=True)
+class FusedState:
+    """What a fused module knows beside its parameters: no tensor, nothing derived from one.
+
+    layouts are the (shape, strides) that convolution weights had before ``fuse`` gave them others, by parameter name.
+    """
+
+    spec: BlockSpec
+    backend: str = "auto"
+    layouts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)

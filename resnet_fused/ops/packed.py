@@ -1,0 +1,66 @@
+"""Weights in the form that a backend wants (folded, reordered), kept by the rules of TensorCache.
+
+Only backends that cannot read batch norm in their epilogue need them: oneDNN and cuDNN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops.convbn import ConvBN
+from resnet_fused.ops.tensor_cache import TensorCache
+
+CACHES: list[TensorCache[Any]] = []
+
+
+def new_cache() -> TensorCache[Any]:
+    """A cache that :func:`drop` and :func:`clear` reach."""
+    cache: TensorCache[Any] = TensorCache()
+    CACHES.append(cache)
+    return cache
+
+
+def drop(tensors: tuple[Tensor | None, ...]) -> None:
+    """Forget what was packed from any of ``tensors``: needed after a write through ``.data``, which leaves no trace."""
+    for cache in CACHES:
+        cache.drop(tensors)
+
+
+def clear() -> None:
+    """Forget all packed weights."""
+    for cache in CACHES:
+        cache.clear()
+
+
+def fold(conv: ConvBN) -> tuple[Tensor, Tensor]:
+    """Batch norm folded into the convolution: a weight in its own dtype and a float32 bias, folded in float32.
+
+    Equivalent to (in eval mode)::
+
+        fused = torch.nn.utils.fusion.fuse_conv_bn_eval(conv, bn)
+        fused.weight, fused.bias
+    """
+    scale = torch.rsqrt(conv.running_var.float() + conv.eps)
+    if conv.bn_weight is not None:
+        scale = scale * conv.bn_weight.float()
+    offset = -conv.running_mean.float()
+    if conv.bias is not None:
+        offset = offset + conv.bias.float()
+    bias = offset * scale
+    if conv.bn_bias is not None:
+        bias = bias + conv.bn_bias.float()
+    return (conv.weight.float() * scale.view(-1, 1, 1, 1)).to(conv.weight.dtype), bias
+
+
+def packed(cache: TensorCache[Any], conv: ConvBN, build: Callable[[ConvBN], Any]) -> Any:
+    """``build(conv)`` from the cache, made outside of autograd and inference mode so that any later mode can use it."""
+
+    def make() -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return build(conv)
+
+    return cache.get(conv.tensors(), conv[6:], make)

@@ -1,0 +1,166 @@
+"""A fused model against the eager one it came from: block by block and end to end, in float64 budgets."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused.fusion import FusionEntry, report
+from resnet_fused.modules.conv_bn_relu import FusedStem
+from resnet_fused.testing.budget import Error, measure
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One comparison. ``error`` is None where there was nothing to measure, and ``problem`` then says why."""
+
+    name: str
+    kind: str
+    backend: str
+    error: Error | None
+    problem: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.problem is None and self.error is not None and self.error.ok
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "backend": self.backend,
+            "ratio": None if self.error is None else self.error.ratio,
+            "error": None if self.error is None else self.error.error,
+            "eager_error": None if self.error is None else self.error.eager_error,
+            "problem": self.problem,
+            "ok": self.ok,
+        }
+
+
+@torch.no_grad()
+def check(
+    name: str, kind: str, backend: str, eager: nn.Module, fused: Callable[..., Any], inputs: tuple[Any, ...]
+) -> Verdict:
+    """Compare ``fused(*inputs)`` with ``eager(*inputs)``: values within the budget, and shapes, dtypes, strides alike.
+
+    Nested outputs (dictionaries, lists) are compared tensor by tensor; the worst one counts. What ``fused`` raises is
+    a problem, not an exception.
+    """
+    wide = copy.deepcopy(eager).double()
+    reference = flatten(wide(*_map(inputs, lambda t: t.double() if t.is_floating_point() else t)))
+    expected = flatten(eager(*_map(inputs, Tensor.clone)))
+    try:
+        got = flatten(fused(*_map(inputs, Tensor.clone)))
+    except Exception as raised:  # whatever it is, the verdict tells it
+        return Verdict(name, kind, backend, None, f"raised {type(raised).__name__}: {raised}")
+    if got.keys() != expected.keys():
+        return Verdict(name, kind, backend, None, f"outputs {sorted(got)}, eager's {sorted(expected)}")
+    worst = Error(0.0, 0.0, 0.0)
+    for key, want in expected.items():
+        out = got[key]
+        for attribute in ("shape", "dtype", "device"):
+            if getattr(out, attribute) != getattr(want, attribute):
+                text = f"{attribute} {_plain(getattr(out, attribute))}, eager's {_plain(getattr(want, attribute))}"
+                return Verdict(name, kind, backend, None, text)
+        if want.is_floating_point():
+            error = measure(out, want, reference[key])
+            worst = worst if error.ratio <= worst.ratio else error
+        elif not torch.equal(out, want):
+            return Verdict(name, kind, backend, None, f"output {key or 'of integers'} differs")
+        if out.stride() != want.stride():
+            return Verdict(name, kind, backend, worst, f"strides {out.stride()}, eager's {want.stride()}")
+    return Verdict(name, kind, backend, worst)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A fused part of a model, the eager modules that compute the same, and the input that eager gave them."""
+
+    name: str
+    kind: str
+    backend: str
+    eager: nn.Module
+    fused: Callable[..., Any]
+    inputs: tuple[Any, ...]
+
+
+def fused_parts(eager: nn.Module, fused: nn.Module, x: Tensor) -> list[Part]:
+    """Every fused block and stem of ``fused`` that runs, with what ``eager(x)`` feeds its counterpart.
+
+    Args:
+        eager: the model that ``fused`` was made from, in eval mode.
+        fused: ``fuse(eager)``.
+        x: the model's input.
+    """
+    found: list[tuple[FusionEntry, nn.Module, Callable[..., Any], nn.Module]] = []
+    for entry in report(fused).fused:
+        if entry.kind == "stem":
+            owner = entry.name.removesuffix("stem").rstrip(".")
+            stem, home = fused.get_submodule(owner), eager.get_submodule(owner)
+            assert isinstance(stem, FusedStem)
+            spec = stem._fused.spec
+            layers = [home.get_submodule(".".join(keys)) for keys in (*spec.pairs[0], spec.acts[0])]
+            found.append((entry, nn.Sequential(*layers), stem.run_stem, layers[0]))
+        else:
+            module = fused.get_submodule(entry.name)
+            block = eager.get_submodule(entry.name)
+            found.append((entry, block, module, block))
+    inputs = _capture([first for *_, first in found], eager, x)
+    return [
+        Part(entry.name or "(model)", entry.kind, entry.backend, before, after, inputs[first])
+        for entry, before, after, first in found
+        if first in inputs
+    ]
+
+
+def _capture(modules: Iterable[nn.Module], model: nn.Module, x: Tensor) -> dict[nn.Module, tuple[Any, ...]]:
+    """The positional arguments that each of ``modules`` is first called with in ``model(x)``."""
+    captured: dict[nn.Module, tuple[Any, ...]] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        captured.setdefault(module, _map(args, Tensor.clone))  # a later module may write into it
+
+    handles = [module.register_forward_pre_hook(keep) for module in modules]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return captured
+
+
+def flatten(output: Any) -> dict[str, Tensor]:
+    """The tensors in a model's output, by their place in it; a bare tensor stands at ``""``."""
+    return dict(_walk(output, ""))
+
+
+def _walk(value: Any, at: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield at, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _walk(item, f"{at}.{key}" if at else str(key))
+    elif isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            yield from _walk(item, f"{at}.{i}" if at else str(i))
+    elif value is not None:
+        raise TypeError(f"output {at}: got {type(value).__name__}, need tensors in tuples, lists or dictionaries")
+
+
+def _map(inputs: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(inputs, Tensor):
+        return fn(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(_map(item, fn) for item in inputs)
+    return inputs
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, torch.Size) else value

@@ -1,0 +1,73 @@
+"""The eager twin of a model: what fused ones are compared with and timed against."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_fused.fusion import unfuse
+from resnet_fused.modules import FusedConvBNReLU
+from resnet_fused.modules.block import FusedBlock
+from resnet_fused.modules.conv_bn_relu import FusedStem
+from resnet_fused.modules.spec import find
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def eager_copy(model: M, *, like: nn.Module | None = None) -> M:
+    """A copy of ``model`` that computes everything by module calls.
+
+    What ``fuse`` changed is undone. Modules that are ours by birth keep their class, and are given the forward that an
+    eager ResNet has, adding the shortcut and applying ReLU in place. ``fuse`` the original, not this copy.
+
+    Args:
+        model: fused or not; it is not changed.
+        like: give every weight the strides that it has in this model. ``fuse`` makes weights channels_last, which by
+            PyTorch's own rule decides the strides of what eager gives.
+    """
+    model = unfuse(model)
+    for name, weight in () if like is None else like.named_parameters():
+        own = model.get_parameter(name)
+        if own.stride() != weight.stride():
+            own.data = torch.empty_like(weight.data, device=own.device).copy_(own.data)
+    for module in model.modules():
+        instance: Any = module
+        if isinstance(module, FusedStem):
+            instance.run_stem = MethodType(_stem, module)
+        elif isinstance(module, FusedBlock):
+            instance.forward = MethodType(_block, module)
+        elif isinstance(module, FusedConvBNReLU):
+            instance.forward = MethodType(_conv_bn_relu, module)
+    return model
+
+
+def _stem(self: FusedStem, x: Tensor) -> Tensor:
+    (conv, norm), act = self._fused.spec.pairs[0], self._fused.spec.acts[0]
+    return _call(self, act, _call(self, norm, _call(self, conv, x)))
+
+
+def _block(self: FusedBlock, x: Tensor) -> Tensor:
+    spec = self._fused.spec
+    hidden = x
+    for i, (conv, norm) in enumerate(spec.pairs):
+        if i:
+            hidden = _call(self, spec.acts[0], hidden)
+        hidden = _call(self, norm, _call(self, conv, hidden))
+    shortcut = None if spec.shortcut is None else find(self, spec.shortcut)
+    hidden += x if shortcut is None else shortcut(x)
+    return _call(self, spec.acts[0], hidden)
+
+
+def _conv_bn_relu(self: FusedConvBNReLU, x: Tensor) -> Tensor:
+    y: Tensor = self.bn(self.conv(x))
+    return F.relu(y, inplace=True) if self.act == "relu" else y
+
+
+def _call(owner: nn.Module, keys: tuple[str, ...], x: Tensor) -> Tensor:
+    module = find(owner, keys)
+    assert module is not None
+    return module(x)  # type: ignore[no-any-return]

@@ -1,0 +1,135 @@
+"""Models by name, for the command line, tests and benchmarks: ours, torchvision's, timm's, or any callable's."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+BUILDERS = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
+    *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
+)
+CIFAR_BUILDERS = BUILDERS[-5:]
+FORMS = "a builder (resnet50), torchvision:NAME, timm:NAME or package.module:callable"
+
+
+class ModelError(ValueError):
+    """No model can be made from this specification; the message says why, and what would do."""
+
+
+def load(spec: str) -> nn.Module:
+    """The model that ``spec`` names, in eval mode, with its builder's own random weights (nothing is downloaded).
+
+    Args:
+        spec: one of our builders (``resnet50``), ``torchvision:NAME``, ``timm:NAME``, or
+            ``package.module:callable``: a callable without arguments that returns a module, or a module.
+
+    Raises:
+        ModelError: the form or the name is unknown, a package is missing, or the callable fails.
+    """
+    source, separator, name = spec.partition(":")
+    if not separator:
+        return _ours(spec).eval()
+    if not source or not name:
+        raise ModelError(f"model {spec!r}: need {FORMS}")
+    if source == "torchvision":
+        return _torchvision(name).eval()
+    if source == "timm":
+        return _timm(name).eval()
+    return _imported(source, name).eval()
+
+
+def input_shape(spec: str, model: nn.Module) -> tuple[int, int]:
+    """(channels, image size) that ``model`` is commonly fed: its configuration's, else its first convolution's at 224.
+
+    Our CIFAR-style builders take 32.
+    """
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if isinstance(config, dict) and config.get("input_size"):
+        channels, size = config["input_size"][:2]
+        return int(channels), int(size)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return 3 if first is None else first.in_channels, 32 if spec in CIFAR_BUILDERS else 224
+
+
+def _ours(name: str) -> nn.Module:
+    if name not in BUILDERS:
+        raise ModelError(f"model {name!r} is unknown{_close(name, BUILDERS)}; need {FORMS}")
+    package = importlib.import_module("resnet_fused")
+    return getattr(package, name)()  # type: ignore[no-any-return]
+
+
+def _torchvision(name: str) -> nn.Module:
+    from resnet_fused.testing.torchvision_compat import import_torchvision
+
+    try:
+        import_torchvision()
+        models = importlib.import_module("torchvision").models
+    except ImportError as error:
+        raise ModelError(_missing("torchvision", error)) from error
+    try:
+        builder = models.get_model_builder(name)
+    except ValueError as error:
+        raise ModelError(f"torchvision has no model {name!r}{_close(name, models.list_models())}") from error
+    # Without weights_backbone=None segmentation and detection models download a backbone.
+    options = {"weights": None, "weights_backbone": None}
+    accepted = inspect.signature(builder).parameters
+    return builder(**{key: value for key, value in options.items() if key in accepted})  # type: ignore[no-any-return]
+
+
+def _timm(name: str) -> nn.Module:
+    try:
+        if importlib.util.find_spec("torchvision") is not None:
+            from resnet_fused.testing.torchvision_compat import import_torchvision
+
+            import_torchvision()
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise ModelError(_missing("timm", error)) from error
+    if not timm.is_model(name):
+        raise ModelError(f"timm has no model {name!r}{_close(name, timm.list_models())}")
+    return timm.create_model(name, pretrained=False)  # type: ignore[no-any-return]
+
+
+def _imported(module_name: str, name: str) -> nn.Module:
+    spec = f"{module_name}:{name}"
+    if os.getcwd() not in sys.path:  # a console script has its own folder there instead
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ModelError(f"model {spec!r}: cannot import {module_name}: {error}") from error
+    if not hasattr(module, name):
+        raise ModelError(f"model {spec!r}: {module_name} has no {name!r}{_close(name, vars(module))}")
+    target: Any = getattr(module, name)
+    if isinstance(target, nn.Module):
+        return target
+    if not callable(target):
+        raise ModelError(f"model {spec!r}: got {type(target).__name__}, need a callable that returns a module")
+    try:
+        made = target()
+    except Exception as error:  # whatever the user's code raises is told in one line
+        raise ModelError(f"model {spec!r}: calling it raised {type(error).__name__}: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise ModelError(f"model {spec!r}: it returned {type(made).__name__}, need a torch.nn.Module")
+    return made
+
+
+def _close(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=5, cutoff=0.6)
+    return f" (close: {', '.join(near)})" if near else ""
+
+
+def _missing(package: str, error: ImportError) -> str:
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed: pip install 'resnet-fused[models]'"
+    return f"{package} does not import here: {error}"
