@@ -125,8 +125,7 @@ POINTER_HALF = (
     ConvConfig("pointer", 64, 32, 64, 4, 4, split_k=8),
     ConvConfig("pointer", 64, 64, 64, 4, 4, split_k=16),
 )
-# Single precision without TF32 multiplies on the plain cores, from registers: small tiles.
-POINTER_FLOAT = (
+POINTER_TF32 = (
     ConvConfig("pointer", 128, 64, 32, 8, 3),
     ConvConfig("pointer", 64, 64, 32, 4, 3),
     ConvConfig("pointer", 64, 32, 32, 4, 3),
@@ -134,6 +133,16 @@ POINTER_FLOAT = (
     ConvConfig("pointer", 64, 64, 32, 4, 3, split_k=4),
     ConvConfig("pointer", 64, 32, 32, 4, 3, split_k=8),
     ConvConfig("pointer", 64, 64, 32, 4, 3, split_k=16),
+)
+# Without TF32 the plain cores multiply, from registers: with a block_k of 32 ptxas spills on compute capability 9.0.
+POINTER_IEEE = (
+    ConvConfig("pointer", 128, 64, 16, 8, 3),
+    ConvConfig("pointer", 64, 64, 16, 4, 3),
+    ConvConfig("pointer", 64, 32, 16, 4, 3),
+    ConvConfig("pointer", 64, 16, 16, 4, 3),
+    ConvConfig("pointer", 64, 64, 16, 4, 3, split_k=4),
+    ConvConfig("pointer", 64, 32, 16, 4, 3, split_k=8),
+    ConvConfig("pointer", 64, 64, 16, 4, 3, split_k=16),
 )
 DESCRIPTOR_HALF = (
     ConvConfig("descriptor", 128, 256, 64, 8, 3, below=100),  # the most arithmetic per byte of shared memory
@@ -155,7 +164,7 @@ def shipped(dtype: torch.dtype, precision: str = "tf32") -> tuple[ConvConfig, ..
     """Every config that serves ``dtype``; ``precision`` matters for float32 alone."""
     if dtype != torch.float32:
         return POINTER_HALF + DESCRIPTOR_HALF
-    return POINTER_FLOAT + (DESCRIPTOR_TF32 if precision == "tf32" else ())
+    return POINTER_TF32 + DESCRIPTOR_TF32 if precision == "tf32" else POINTER_IEEE
 
 
 def fits(config: ConvConfig, dtype: torch.dtype, arch: Architecture) -> bool:
