@@ -1,5 +1,6 @@
-// What kernels may ask of the machine. Kernels hold no inline PTX and touch shared memory only by SharedAddress, so that
-// the same source runs on a GPU (ptx.cuh) and, fiber by fiber, on a CPU under checks (tests/simt/host_primitives.h).
+// What kernels may ask of the machine. Kernels hold no inline PTX and touch shared memory only by SharedAddress, so
+// that the same source runs on a GPU (ptx.cuh) and, fiber by fiber, on a CPU under checks
+// (tests/simt/host_primitives.h).
 //
 // Both sides give, in namespace rf:
 //   thread_x  block_x  block_z  grid_x                       int, the coordinates of this thread and block

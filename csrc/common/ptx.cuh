@@ -8,8 +8,8 @@
 #define RF_KERNEL(threads, min_blocks) __global__ void __launch_bounds__(threads, min_blocks)
 #define RF_CONSTANT __grid_constant__ const
 #define RF_UNROLL _Pragma("unroll")
-#define RF_SHARED_ARRAY(T, name, count)       \
-  __shared__ __align__(16) T name##_array[count];  \
+#define RF_SHARED_ARRAY(T, name, count)           \
+  __shared__ __align__(16) T name##_array[count]; \
   const ::rf::SharedAddress name = ::rf::shared_address(name##_array)
 
 namespace rf {
@@ -141,10 +141,11 @@ __device__ __forceinline__ void load_matrix(uint32_t (&out)[COUNT], SharedAddres
   }
 }
 
-#define RF_MMA(shape, type)                                                                                         \
-  asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, " \
-               "{%8, %9}, {%0, %1, %2, %3};"                                                                        \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                     \
+#define RF_MMA(shape, type)                                            \
+  asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "             \
+               "{%8, %9}, {%0, %1, %2, %3};"                           \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])        \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
 template <class T>

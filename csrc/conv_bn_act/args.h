@@ -17,28 +17,28 @@ enum Wide : unsigned { kWideBias = 1, kWideGamma = 2, kWideBeta = 4, kWideMean =
 struct Args {
   const void* x;
   const void* weight;
-  const void* bias;      // may be null, and so may gamma, beta and residual
+  const void* bias;  // may be null, and so may gamma, beta and residual
   const void* gamma;
   const void* beta;
   const void* mean;
   const void* var;
   const void* residual;
   void* out;
-  float* workspace;      // splits × m × k partial sums when splits > 1
+  float* workspace;  // splits × m × k partial sums when splits > 1
 
   int64_t n;
   int h, w, c, k, r, s, p, q;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
-  int64_t x_stride_n, x_stride_h, x_stride_w;   // in elements
-  int64_t residual_stride, out_stride;          // from one pixel to the next, in elements
+  int64_t x_stride_n, x_stride_h, x_stride_w;  // in elements
+  int64_t residual_stride, out_stride;         // from one pixel to the next, in elements
   float eps;
   unsigned wide;
   bool relu;
 
   // Set by the plan.
-  bool vector_out;       // the output, the residual and the workspace take 16-byte accesses
+  bool vector_out;  // the output, the residual and the workspace take 16-byte accesses
   int splits;
-  int steps_per_split;   // of the reduction, in tiles
+  int steps_per_split;  // of the reduction, in tiles
   int tiles_n;
 };
 

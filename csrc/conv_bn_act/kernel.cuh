@@ -10,8 +10,8 @@
 namespace rf::conv {
 
 // One row of the list in instances.h as a type.
-template <class T_, template <class, int, int, int, int, int> class Math_, int BM_, int BN_, int ROW_BYTES_,
-          int GRID_M, int GRID_N, int STAGES_, int COPY>
+template <class T_, template <class, int, int, int, int, int> class Math_, int BM_, int BN_, int ROW_BYTES_, int GRID_M,
+          int GRID_N, int STAGES_, int COPY>
 struct Tile {
   using T = T_;
   using Math = Math_<T, BM_, BN_, ROW_BYTES_, GRID_M, GRID_N>;

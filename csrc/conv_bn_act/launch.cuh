@@ -6,9 +6,9 @@
 
 namespace rf::conv {
 
-#define RF_CONV_TILE(name, element, math, bm, bn, row_bytes, grid_m, grid_n, stages, copy)                     \
-  using tile_##name = Tile<element, math, bm, bn, row_bytes, grid_m, grid_n, stages, copy>;                    \
-  static_assert(tile_##name::SHARED_BYTES == info(Kernel::k_##name).shared_bytes &&                            \
+#define RF_CONV_TILE(name, element, math, bm, bn, row_bytes, grid_m, grid_n, stages, copy)  \
+  using tile_##name = Tile<element, math, bm, bn, row_bytes, grid_m, grid_n, stages, copy>; \
+  static_assert(tile_##name::SHARED_BYTES == info(Kernel::k_##name).shared_bytes &&         \
                 tile_##name::THREADS == info(Kernel::k_##name).threads);
 RF_CONV_KERNELS(RF_CONV_TILE)
 #undef RF_CONV_TILE
@@ -18,9 +18,9 @@ RF_CONV_KERNELS(RF_CONV_TILE)
 template <class Launcher>
 void run(const Plan& plan, Launcher&& launcher) {
   switch (plan.kernel) {
-#define RF_CONV_LAUNCH(name, ...)                                                                                   \
-  case Kernel::k_##name:                                                                                            \
-    launcher(&conv_kernel<tile_##name>, plan.grid_x, plan.grid_z, plan.threads, plan.shared_bytes, plan.args);      \
+#define RF_CONV_LAUNCH(name, ...)                                                                              \
+  case Kernel::k_##name:                                                                                       \
+    launcher(&conv_kernel<tile_##name>, plan.grid_x, plan.grid_z, plan.threads, plan.shared_bytes, plan.args); \
     break;
     RF_CONV_KERNELS(RF_CONV_LAUNCH)
 #undef RF_CONV_LAUNCH

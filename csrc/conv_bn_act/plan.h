@@ -50,15 +50,15 @@ struct Ieee {
   static constexpr int slice_rows(int m) { return m; }
 };
 
-#define RF_CONV_INFO(name, element, math, bm, bn, row_bytes, grid_m, grid_n, stages, copy)                     \
-  KernelInfo{#name,                                                                                            \
-             ElementOf<element>::kElement,                                                                     \
-             math::kPrecision,                                                                                 \
-             bm,                                                                                               \
-             bn,                                                                                               \
-             row_bytes / element_bytes(ElementOf<element>::kElement),                                          \
-             math::threads(grid_m, grid_n),                                                                    \
-             copy,                                                                                             \
+#define RF_CONV_INFO(name, element, math, bm, bn, row_bytes, grid_m, grid_n, stages, copy) \
+  KernelInfo{#name,                                                                        \
+             ElementOf<element>::kElement,                                                 \
+             math::kPrecision,                                                             \
+             bm,                                                                           \
+             bn,                                                                           \
+             row_bytes / element_bytes(ElementOf<element>::kElement),                      \
+             math::threads(grid_m, grid_n),                                                \
+             copy,                                                                         \
              std::max(stages * (bm + bn) * row_bytes, math::slice_rows(grid_m) * (bn + 8) * 4)},
 inline constexpr KernelInfo kKernels[] = {RF_CONV_KERNELS(RF_CONV_INFO)};
 #undef RF_CONV_INFO
@@ -70,11 +70,11 @@ constexpr const KernelInfo& info(Kernel kernel) { return detail::kKernels[static
 struct Plan {
   const char* refusal = nullptr;  // why nothing can run, else null
   Kernel kernel = Kernel::kCount;
-  Args args{};                    // with the plan's fields set; the caller sets workspace
+  Args args{};  // with the plan's fields set; the caller sets workspace
   unsigned grid_x = 0, grid_z = 0;
   unsigned threads = 0, shared_bytes = 0;
-  size_t workspace_bytes = 0;     // 0: no split, no reduce kernel
-  unsigned reduce_grid = 0;       // blocks of kReduceThreads
+  size_t workspace_bytes = 0;  // 0: no split, no reduce kernel
+  unsigned reduce_grid = 0;    // blocks of kReduceThreads
 };
 
 // Overrides for tests and tuning; the defaults leave the choice to the plan.
@@ -162,10 +162,11 @@ inline Plan make_plan(Args a, Element element, Precision precision, int multipro
     if (tiles_m * tiles_n > 0x7fffffff) continue;
     const auto steps = static_cast<int>((depth + k.step - 1) / k.step);
 
-    // Split the reduction while multiprocessors would idle, but never below eight steps a block: the partial sums cost a
-    // write and a read each.
+    // Split the reduction while multiprocessors would idle, but never below eight steps a block: the partial sums cost
+    // a write and a read each.
     int splits = choice.splits;
-    if (splits == 0) splits = static_cast<int>(std::min<int64_t>(multiprocessors / std::max<int64_t>(blocks, 1), steps / 8));
+    if (splits == 0)
+      splits = static_cast<int>(std::min<int64_t>(multiprocessors / std::max<int64_t>(blocks, 1), steps / 8));
     splits = std::clamp(splits, 1, std::min(steps, 65535 / a.groups));
     const int steps_per_split = (steps + splits - 1) / splits;
     splits = (steps + steps_per_split - 1) / steps_per_split;

@@ -9,7 +9,7 @@
 #define RF_KERNEL(threads, min_blocks) void
 #define RF_CONSTANT const
 #define RF_UNROLL
-#define RF_SHARED_ARRAY(T, name, count)  \
+#define RF_SHARED_ARRAY(T, name, count)   \
   static const char name##_array_key = 0; \
   const ::rf::SharedAddress name = ::simt::static_shared(&name##_array_key, sizeof(T) * (count))
 
@@ -152,7 +152,8 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const ch
         for (int i = 0; i < 4; ++i) {
           tile_a[group + i % 2 * 8][t * kPack + part + i / 2 * 4 * kPack] = half_of(fragment->a[i], part, T{});
         }
-        for (int i = 0; i < 2; ++i) tile_b[t * kPack + part + i * 4 * kPack][group] = half_of(fragment->b[i], part, T{});
+        for (int i = 0; i < 2; ++i)
+          tile_b[t * kPack + part + i * 4 * kPack][group] = half_of(fragment->b[i], part, T{});
       }
       for (int i = 0; i < 4; ++i) tile_d[group + i / 2 * 8][t * 2 + i % 2] = sum[i];
     }

@@ -39,8 +39,8 @@ bool SharedMemory::unordered(const Instant& before, const Instant& now) {
 void SharedMemory::read(uint32_t from, void* to, int bytes, const Instant& now) {
   Cell* cell = cells(from, bytes, "read");
   for (int i = 0; i < bytes / 2; ++i) {
-    if (cell[i].in_flight) fail("thread %d reads shared address %u while an async copy to it is under way", now.thread,
-                                from + 2 * i);
+    if (cell[i].in_flight)
+      fail("thread %d reads shared address %u while an async copy to it is under way", now.thread, from + 2 * i);
     if (!cell[i].written) fail("thread %d reads shared address %u, which nobody wrote", now.thread, from + 2 * i);
     if (unordered(cell[i].writer, now)) {
       fail("race at shared address %u: thread %d reads what thread %d wrote, with no barrier between", from + 2 * i,
@@ -58,8 +58,8 @@ void SharedMemory::read(uint32_t from, void* to, int bytes, const Instant& now) 
 }
 
 void SharedMemory::mark_written(Cell& cell, uint32_t address, const Instant& now) {
-  if (cell.in_flight) fail("thread %d writes shared address %u while an async copy to it is under way", now.thread,
-                           address);
+  if (cell.in_flight)
+    fail("thread %d writes shared address %u while an async copy to it is under way", now.thread, address);
   if (unordered(cell.writer, now)) {
     fail("race at shared address %u: threads %d and %d both write, with no barrier between", address,
          cell.writer.thread, now.thread);
