@@ -1,0 +1,44 @@
+"""The host runtime itself: faults that are planted in small kernels must be found."""
+
+from __future__ import annotations
+
+import pytest
+import simt_harness
+
+pytestmark = pytest.mark.skipif(
+    simt_harness.missing_compiler() is not None, reason=str(simt_harness.missing_compiler())
+)
+
+RUNTIME_FAULTS = {
+    "missing_barrier": "no barrier between",
+    "write_after_read": "no barrier between",
+    "missing_warp_barrier": "no barrier between",
+    "missing_wait": "async copy to it is under way",
+    "missing_barrier_after_wait": "race|under way",
+    "divergent_barrier": "divergent barrier",
+    "two_barriers": "divergent barrier",
+    "divergent_warp": "divergent ballot",
+    "shared_out_of_bounds": "outside the block's",
+    "shared_uninitialised": "nobody wrote",
+    "shared_misaligned": "misaligned",
+    "global_misaligned": "misaligned global access",
+    "copy_left_behind": "never committed",
+}
+SANITIZER_FAULTS = ("global_out_of_bounds_store", "global_out_of_bounds_load", "async_copy_out_of_bounds")
+
+
+def test_sound_kernels_pass() -> None:
+    simt_harness.call("planted", "sound")
+
+
+@pytest.mark.parametrize("name", RUNTIME_FAULTS)
+def test_planted_fault_is_found(name: str) -> None:
+    with pytest.raises(simt_harness.RunnerError, match=RUNTIME_FAULTS[name]) as error:
+        simt_harness.call("planted", name)
+    assert f"exit status {simt_harness.FAULT_STATUS}\n" in str(error.value)
+
+
+@pytest.mark.parametrize("name", SANITIZER_FAULTS)
+def test_planted_fault_is_found_by_the_sanitizer(name: str) -> None:
+    with pytest.raises(simt_harness.RunnerError, match="heap-buffer-overflow"):
+        simt_harness.call("planted", name)
