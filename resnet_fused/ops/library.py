@@ -13,6 +13,7 @@ from resnet_fused.ops.tensor_cache import TensorCache
 LIBRARY = torch.library.Library("resnet_fused", "DEF")
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_FAKES: dict[str, Callable[..., Any]] = {}
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
@@ -26,6 +27,12 @@ def implement(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
     """Register the kernel for every device, and the kernel for fake tensors."""
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resnet_fused::{name}", fake, lib=LIBRARY)
+    _FAKES[name] = fake
+
+
+def eager_form(op: Any) -> Callable[..., Any]:
+    """The function of aten operations that ``op``, an overload of ours, stands for; for meta and fake tensors."""
+    return _FAKES[op._schema.name.removeprefix("resnet_fused::")]
 
 
 def implement_autocast(name: str, rule: Callable[..., Any]) -> None:

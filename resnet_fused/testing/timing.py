@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+Sample = Callable[[Callable[[], Any], int], float]
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -47,6 +49,7 @@ def interleaved(
     min_seconds: float = 2e-3,
     max_seconds: float = math.inf,
     progress: Callable[[], None] | None = None,
+    sample: Sample | None = None,
 ) -> dict[str, Timing]:
     """Time every candidate ``repeats`` times, in turns, caches warm, without recording gradients.
 
@@ -62,10 +65,11 @@ def interleaved(
         min_seconds: least duration of a sample.
         max_seconds: no new round begins after this long, once there are three.
         progress: called after each round of samples.
+        sample: takes one sample, in place of the device's own way: seconds per call over this many calls.
     """
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}, need at least 1")
-    measure = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    measure = sample or (cuda_seconds if device.type == "cuda" else cpu_seconds)
     with torch.inference_mode():
         loops = {}
         for name, call in candidates.items():
@@ -84,14 +88,16 @@ def interleaved(
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
-def _cpu_seconds(call: Callable[[], Any], loops: int) -> float:
+def cpu_seconds(call: Callable[[], Any], loops: int) -> float:
+    """Wall-clock seconds per call over ``loops`` calls."""
     start = time.perf_counter()
     for _ in range(loops):
         call()
     return (time.perf_counter() - start) / loops
 
 
-def _cuda_seconds(call: Callable[[], Any], loops: int) -> float:
+def cuda_seconds(call: Callable[[], Any], loops: int) -> float:
+    """Seconds per call over ``loops`` calls between two events, on a stream with nothing queued."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()

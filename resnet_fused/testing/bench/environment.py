@@ -1,0 +1,89 @@
+"""Where a figure was taken: what would have to be the same for it to come out again."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+_ROOT = Path(__file__).resolve().parents[3]
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Text for every column of ``store.ENVIRONMENT``; empty where it does not apply."""
+    cuda = device.type == "cuda"
+    onednn = re.search(r"v([\d.]+)", _config_line("DNN v"))
+    driver, clocks = _nvidia_smi(device) if cuda else ("", "")
+    cudnn = torch.backends.cudnn.version() if cuda else None
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "cpu": _cpu_name(),
+        "driver": driver,
+        "clocks": clocks,
+        "cuda": torch.version.cuda or "",
+        "cudnn": str(cudnn or ""),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "onednn": onednn.group(1) if onednn else "",
+        "threads": str(torch.get_num_threads()),
+        "tf32": str(torch.backends.cudnn.allow_tf32) if cuda else "",
+        "commit": commit(_ROOT),
+    }
+
+
+def commit(root: Path) -> str:
+    """The commit checked out in ``root``, ``+`` and a digest of what is changed in the package; empty without git."""
+    sources = ("--", "resnet_fused", "csrc")
+    head = _run("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    if not head or not (root / ".git").exists():
+        return ""
+    changes = _run("git", "-C", str(root), "diff", "HEAD", *sources)
+    untracked = _run("git", "-C", str(root), "ls-files", "--others", "--exclude-standard", *sources)
+    if not changes and not untracked:
+        return head
+    digest = hashlib.sha256(changes.encode())
+    for name in untracked.splitlines():
+        digest.update(name.encode() + (root / name).read_bytes())
+    return f"{head}+{digest.hexdigest()[:8]}"
+
+
+def _run(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _config_line(part: str) -> str:
+    return next((line for line in torch.__config__.show().splitlines() if part in line), "")
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return (found.group(1).strip() if found else platform.processor()) or platform.machine()
+
+
+def _nvidia_smi(device: torch.device) -> tuple[str, str]:
+    """Driver version and the highest clocks, as the tool prints them."""
+    fields = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    index = str(device.index if device.index is not None else torch.cuda.current_device())
+    line = _run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", index)
+    driver, _, rest = line.partition(",")
+    return driver, rest.strip().replace(", ", " / ")

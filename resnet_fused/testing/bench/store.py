@@ -1,0 +1,127 @@
+"""The results file: one row per (suite, case, contender, cache), with all that is needed to judge the figure."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+ENVIRONMENT = (
+    *("device", "cpu", "driver", "clocks", "cuda", "cudnn", "python", "torch", "triton", "onednn", "threads", "tf32"),
+    "commit",
+)
+IDENTITY = ("suite", "case", "contender", "cache")
+NUMBERS = (
+    *("batch", "gate", "samples", "p20_ms", "p50_ms", "p80_ms", "flops", "bytes", "bound_ms", "roofline_pct"),
+    *("copy_bytes_per_s", "matmul_flops_per_s"),
+)
+COLUMNS = (
+    *IDENTITY,
+    *("status", "note", "model", "dtype", "shape"),
+    *NUMBERS,
+    *ENVIRONMENT,
+    "date",
+)
+STATUSES = ("ok", "red", "absent")
+
+Row = dict[str, str]
+
+
+def path_for(folder: Path, environment: Mapping[str, str]) -> Path:
+    """``<device>-<torch>-<cuda>.csv`` in ``folder``."""
+    name = "-".join(environment[key] or "none" for key in ("device", "torch", "cuda"))
+    return folder / (re.sub(r"[^A-Za-z0-9.+]+", "-", name).strip("-") + ".csv")
+
+
+def read(path: Path) -> tuple[list[Row], list[str]]:
+    """All sound rows of ``path``, and one line of text on each broken one, with its line number.
+
+    Raises:
+        ValueError: the header is not this harness's.
+    """
+    rows: list[Row] = []
+    problems: list[str] = []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        if tuple(header) != COLUMNS:
+            raise ValueError(f"{path}:1: the header is not this version's; need {','.join(COLUMNS)}")
+        for fields in reader:
+            problem = _problem(fields)
+            if problem is None:
+                rows.append(dict(zip(COLUMNS, fields, strict=True)))
+            else:
+                problems.append(f"{path}:{reader.line_num}: {problem}")
+    return rows, problems
+
+
+def _problem(fields: Sequence[str]) -> str | None:
+    if len(fields) != len(COLUMNS):
+        return f"{len(fields)} fields, need {len(COLUMNS)}"
+    row = dict(zip(COLUMNS, fields, strict=True))
+    if row["status"] not in STATUSES:
+        return f"status: got {row['status']!r}, need one of {', '.join(STATUSES)}"
+    for key in NUMBERS:
+        try:
+            value = float(row[key] or 0)
+        except ValueError:
+            return f"{key}: got {row[key]!r}, need a number"
+        if not math.isfinite(value) and key != "gate":
+            return f"{key}: got {row[key]!r}, need a finite number"
+    if row["status"] == "ok" and not float(row["p50_ms"] or 0) > 0:
+        return f"p50_ms: got {row['p50_ms']!r}, need a time above 0"
+    return None
+
+
+def append(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Add rows. The file is replaced as a whole: an interruption leaves either the old one or the new one."""
+    old = path.read_bytes() if path.exists() else b""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    if not old:
+        writer.writerow(COLUMNS)
+    elif not old.endswith(b"\n"):
+        text.write("\n")
+    writer.writerows([_text(row[key]) for key in COLUMNS] for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(old + text.getvalue().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _text(value: object) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split())  # a row is one line
+
+
+def identity(row: Mapping[str, str], environment: Mapping[str, str]) -> tuple[str, ...]:
+    """What a figure is of, and where it was taken: rows alike in this are repetitions of one another."""
+    return (*(row[key] for key in IDENTITY), *(environment[key] for key in ENVIRONMENT))
+
+
+def measured(path: Path) -> set[tuple[str, ...]]:
+    """The identities of the rows already in ``path``, but for red ones: those run again."""
+    if not path.exists():
+        return set()
+    return {identity(row, row) for row in read(path)[0] if row["status"] != "red"}
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Of rows that differ only in when and at which commit they were taken, the last in the file."""
+    last: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        last[(*(row[key] for key in IDENTITY), row["device"], row["threads"])] = row
+    return list(last.values())
