@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,38 @@ class Plain(nn.Module):
 
 def tiny() -> nn.Module:
     return Tiny()
+
+
+class Tuned(Tiny):
+    """A model that gives what ``finish`` makes of its output."""
+
+    def finish(self, y: torch.Tensor) -> object:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.finish(super().forward(x))
+
+
+class Wrapped(Tuned):
+    def finish(self, y):
+        return SimpleNamespace(logits=y)
+
+
+class Silent(Tuned):
+    def finish(self, y):
+        return None
+
+
+class Data(Tuned):
+    """As many rows as its dtype says."""
+
+    def finish(self, y):
+        return y[: 1 + (y.dtype == torch.float64)]
+
+
+class FloatOnly(Tiny):
+    def forward(self, x):
+        return super().forward(x.float())
 
 
 def number() -> int:
@@ -327,6 +360,15 @@ def test_timing_takes_turns():
         (["check", ":x"], "package.module:callable"),
         (["bench", "resnet20", "--batch", "0"], "got '0', need an integer of at least 1"),
         (["bench", f"{HERE}instance", "--size", "1"], "does not run on an input (8, 3, 1, 1)"),
+        (["bench", "resnet20", "--batch", str(10**12)], "does not run on an input (1000000000000, 3, 32, 32)"),
+        (["check", "resnet20", "--seed", str(2**63)], "need an integer from 0 to 2**63 - 1"),
+        (["check", "resnet20", "--seed", "-1"], "got '-1'"),
+        (["check", f"{HERE}Wrapped", *SMALL], "eager raised TypeError: the output is a SimpleNamespace"),
+        (["check", f"{HERE}Silent", *SMALL], "eager gives no tensors to compare"),
+        (["check", f"{HERE}Data", *SMALL], "the shapes of eager's outputs change with its rounding"),
+        (["check", f"{HERE}FloatOnly", *SMALL], "eager raised RuntimeError in float64: "),
+        (["check", f"{HERE}FloatOnly", *SMALL, "--dtype", "bf16"], "eager raised RuntimeError: "),
+        (["bench", f"{HERE}FloatOnly", *SMALL, "--dtype", "bf16", "--json"], "eager raised RuntimeError in float64: "),
         (["check", "resnet20", "--device", "tpu9"], "--device tpu9"),
         (["check", "resnet20", "--device", "meta"], "only cpu and cuda"),
         (["check", "resnet20", "--device", "cuda:99"], "CUDA devices here"),

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from torch import OutOfMemoryError
 
+    from resnet_fused.testing.compare import ComparisonError
     from resnet_fused.testing.models import ModelError
 
     args = parser().parse_args(argv)
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()
         return code
-    except (UserError, ModelError, OutOfMemoryError) as error:
+    except (UserError, ModelError, ComparisonError, OutOfMemoryError) as error:
         print(f"resnet-fused: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, `head` say, has enough; what is still buffered must not raise at exit

@@ -41,7 +41,7 @@ def add_model_options(parser: argparse.ArgumentParser, batch: int) -> None:
     parser.add_argument("--size", type=positive, help="height and width of an image (default: the model's own)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", metavar="DTYPE", help=" | ".join(DTYPES))
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: CUDA where there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights and inputs (default %(default)s)")
     add_json_option(parser)
 
 
@@ -58,6 +58,13 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, need an integer of at least 1")
     return value
+
+
+def seed(text: str) -> int:
+    """An argparse type: a seed that every generator takes."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"got {text!r}, need an integer from 0 to 2**63 - 1")
+    return int(text)
 
 
 def pick_device(name: str) -> torch.device:
@@ -96,15 +103,15 @@ def prepare(args: argparse.Namespace, *, keep_statistics: bool = False) -> tuple
     model = models.load(args.model).to(device)
     channels, size = models.input_shape(args.model, model)
     size = args.size or size
-    x = torch.randn(args.batch, channels, size, size, device=device)
+    shape = (args.batch, channels, size, size)
     try:
+        x = torch.randn(shape, device=device)
         if not keep_statistics:
             calibrate(model, x, perturb=True, seed=args.seed)
         else:
             with torch.no_grad():
                 model(x)
     except Exception as error:  # whatever the model raises on such an input is told in one line
-        shape = tuple(x.shape)
         raise UserError(f"{args.model} does not run on an input {shape}: {type(error).__name__}: {error}") from error
     return model.to(dtype), x.to(dtype)
 

@@ -15,6 +15,10 @@ from resnet_fused.modules.conv_bn_relu import FusedStem
 from resnet_fused.testing.budget import Error, measure
 
 
+class ComparisonError(ValueError):
+    """Eager itself cannot be run as a comparison needs it; the message says why."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """One comparison. ``error`` is None where there was nothing to measure, and ``problem`` then says why."""
@@ -52,12 +56,16 @@ def check(
     Eager's error counts in either memory format, as in :func:`resnet_fused.testing.budget.measure`. Nested outputs
     (dictionaries, lists) are compared tensor by tensor; the worst one counts. What ``fused`` raises is a problem of the
     verdict, not an exception.
+
+    Raises:
+        ComparisonError: eager fails, in float64 too; or it gives no tensors, or none whose shapes can be relied on.
     """
-    wide = copy.deepcopy(eager).double()
-    reference = flatten(wide(*_map(inputs, lambda t: t.double() if t.is_floating_point() else t)))
-    del wide
-    expected = flatten(eager(*_map(inputs, Tensor.clone)))
+    wide = _map(inputs, lambda t: t.double() if t.is_floating_point() else t.clone())
+    reference = _eager_output(copy.deepcopy(eager).double(), wide, " in float64")
+    expected = _eager_output(eager, _map(inputs, Tensor.clone))
     first, second = (_run_in(layout, eager, inputs) for layout in (torch.contiguous_format, torch.channels_last))
+    if any(_shapes(other) != _shapes(expected) for other in (reference, first, second)):
+        raise ComparisonError("the shapes of eager's outputs change with its rounding, so they cannot be compared")
     try:
         got = flatten(fused(*_map(inputs, Tensor.clone)))
     except Exception as raised:  # whatever it is, the verdict tells it
@@ -84,7 +92,21 @@ def check(
 def _run_in(layout: torch.memory_format, model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
     """The output of ``model`` with its weights and its images in this memory format."""
     turned = copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
-    return flatten(turned(*_map(inputs, lambda t: t.clone(memory_format=layout) if t.dim() == 4 else t.clone())))
+    return _eager_output(turned, _map(inputs, lambda t: t.clone(memory_format=layout) if t.dim() == 4 else t.clone()))
+
+
+def _eager_output(model: nn.Module, inputs: tuple[Any, ...], how: str = "") -> dict[str, Tensor]:
+    try:
+        output = flatten(model(*inputs))
+    except Exception as raised:  # a user's model may raise anything
+        raise ComparisonError(f"eager raised {type(raised).__name__}{how}: {raised}") from raised
+    if not output:
+        raise ComparisonError("eager gives no tensors to compare")
+    return output
+
+
+def _shapes(output: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in output.items()}
 
 
 @dataclass(frozen=True)
@@ -106,6 +128,9 @@ def fused_parts(eager: nn.Module, fused: nn.Module, x: Tensor) -> list[Part]:
         eager: the model that ``fused`` was made from, in eval mode.
         fused: ``fuse(eager)``.
         x: the model's input.
+
+    Raises:
+        ComparisonError: ``eager(x)`` fails.
     """
     found: list[tuple[FusionEntry, nn.Module, Callable[..., Any], nn.Module]] = []
     for entry in report(fused).fused:
@@ -138,7 +163,7 @@ def _capture(modules: Iterable[nn.Module], model: nn.Module, x: Tensor) -> dict[
     handles = [module.register_forward_pre_hook(keep) for module in modules]
     try:
         with torch.no_grad():
-            model(x)
+            _eager_output(model, (x,))
     finally:
         for handle in handles:
             handle.remove()
@@ -160,7 +185,8 @@ def _walk(value: Any, at: str) -> Iterator[tuple[str, Tensor]]:
         for i, item in enumerate(value):
             yield from _walk(item, f"{at}.{i}" if at else str(i))
     elif value is not None:
-        raise TypeError(f"output {at}: got {type(value).__name__}, need tensors in tuples, lists or dictionaries")
+        place = f"output {at}" if at else "the output"
+        raise TypeError(f"{place} is a {type(value).__name__}, need tensors in tuples, lists or dictionaries")
 
 
 def _map(inputs: Any, fn: Callable[[Tensor], Tensor]) -> Any:
