@@ -135,7 +135,6 @@ def measure_case(
     return rows
 
 
-@torch.inference_mode()
 def enter(
     case: Case,
     module: nn.Module,
@@ -144,15 +143,22 @@ def enter(
     machine: Machine,
     plan: Plan,
 ) -> dict[str, Entrant]:
-    """Make every contender and compare what it gives, on the very inputs that are timed, with the error budget."""
+    """Make every contender and compare what it gives, on the very inputs that are timed, with the error budget.
+
+    They are made outside of inference mode, as users make models: parameters born in it count no writes, so nothing
+    derived from them may be kept.
+    """
     some = _picked(case.batch, plan.gate_images)
-    reference = copy.deepcopy(module).double()(*(x[some].double() for x in inputs))
-    eager, other = (
-        laid_out(module, layout)(*laid_out(inputs, layout)) for layout in (torch.contiguous_format, torch.channels_last)
-    )
+    layouts = (torch.contiguous_format, torch.channels_last)
+    models = [copy.deepcopy(module).double(), *(laid_out(module, layout) for layout in layouts)]
+    with torch.inference_mode():
+        reference = models[0](*(x[some].double() for x in inputs))
+        eager, other = (model(*laid_out(inputs, layout)) for model, layout in zip(models[1:], layouts, strict=True))
+    del models
 
     def admit(name: str, call: Call) -> Entrant:
-        out = call()
+        with torch.inference_mode():
+            out = call()
         for attribute in ("shape", "dtype", "device"):
             got, want = getattr(out, attribute), getattr(eager, attribute)
             if got != want:
