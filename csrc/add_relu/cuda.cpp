@@ -1,8 +1,8 @@
 // resnet_fused_cuda::add_relu, add_relu_ and relu_backward: check, plan and launch.
 #include "add_relu/cuda.h"
 
+#include "add_relu/ops.h"
 #include "common/device.h"
-#include "common/torch.h"
 
 namespace rf::add_relu {
 
@@ -36,14 +36,27 @@ void compute(const Tensor& a, const Tensor& b, const Tensor& out, Operation oper
   launch(plan, element, operation, current_stream(device));
 }
 
-// The strides of the result are those that aten gives a binary operation on a and b; the meta device computes them.
-void add_relu(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  const Tensor a = arguments.tensor(), b = arguments.tensor();
+}  // namespace
+
+bool supports(const Tensor& a, const Tensor& b) {
+  const ScalarType dtype = a.scalar_type();
+  const bool known = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float;
+  return known && (a.dim() <= kMaxDims || (a.is_contiguous() && b.is_contiguous()));
+}
+
+Tensor run_cuda(const Tensor& a, const Tensor& b) {
   check_pair(a, b);
   const Tensor out = empty_like_sum(a, b);
   if (out.numel() > 0) compute(a, b, out, Operation::kAddRelu);
-  give(stack, out);
+  return out;
+}
+
+namespace {
+
+void add_relu(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const Tensor a = arguments.tensor(), b = arguments.tensor();
+  give(stack, run_cuda(a, b));
 }
 
 void add_relu_(StableIValue* stack, uint64_t, uint64_t) {

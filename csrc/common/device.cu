@@ -6,15 +6,28 @@
 
 namespace rf {
 
-int multiprocessors(int device) {
+namespace {
+
+// Asked once for each device: a query takes longer than a launch.
+template <cudaDeviceAttr ATTRIBUTE>
+int attribute(int device) {
   constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // 0: not asked yet
-  int count = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
-  if (count == 0) {
-    Launcher::check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    if (device < kDevices) known[device].store(count, std::memory_order_relaxed);
+  static std::atomic<int> known[kDevices];  // one more than the value; 0: not asked yet
+  int value = device < kDevices ? known[device].load(std::memory_order_relaxed) - 1 : -1;
+  if (value < 0) {
+    Launcher::check(cudaDeviceGetAttribute(&value, ATTRIBUTE, device));
+    if (device < kDevices) known[device].store(value + 1, std::memory_order_relaxed);
   }
-  return count;
+  return value;
+}
+
+}  // namespace
+
+int multiprocessors(int device) { return attribute<cudaDevAttrMultiProcessorCount>(device); }
+
+int capability(int device) {
+  return attribute<cudaDevAttrComputeCapabilityMajor>(device) * 10 +
+         attribute<cudaDevAttrComputeCapabilityMinor>(device);
 }
 
 }  // namespace rf

@@ -47,12 +47,19 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
   return empty_strided_on(sizes, strides, dtype, device_type, device_index);
 }
 
+std::vector<int64_t> sum_strides(const std::vector<int64_t>& sizes, const std::vector<int64_t>& a,
+                                 const std::vector<int64_t>& b, ScalarType dtype) {
+  const auto meta = [&](const std::vector<int64_t>& strides) {
+    return empty_strided_on(sizes, strides, dtype, aoti_torch_device_type_meta(), -1);
+  };
+  // maximum obeys the rule of every binary operation, and takes no scalar, which the stable ABI could not pass.
+  return list(call("aten::maximum", "", meta(a), meta(b)).strides());
+}
+
 Tensor empty_like_sum(const Tensor& a, const Tensor& b) {
   const std::vector<int64_t> sizes = list(a.sizes());
-  const auto meta = [&](const Tensor& tensor) {  // maximum obeys the rule of every binary operation
-    return empty_strided_on(sizes, list(tensor.strides()), tensor.scalar_type(), aoti_torch_device_type_meta(), -1);
-  };
-  return empty_strided(sizes, list(call("aten::maximum", "", meta(a), meta(b)).strides()), a.scalar_type(), a);
+  return empty_strided(sizes, sum_strides(sizes, list(a.strides()), list(b.strides()), a.scalar_type()),
+                       a.scalar_type(), a);
 }
 
 Tensor empty_channels_last(const std::vector<int64_t>& sizes, const Tensor& like) {

@@ -66,7 +66,11 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
 // A new [N, C, H, W] of channels_last strides.
 Tensor empty_channels_last(const std::vector<int64_t>& sizes, const Tensor& like);
 
-// A new tensor with the strides that aten gives a sum of a and b.
+// The strides that aten gives a sum of two tensors with these; the meta device computes them.
+std::vector<int64_t> sum_strides(const std::vector<int64_t>& sizes, const std::vector<int64_t>& a,
+                                 const std::vector<int64_t>& b, ScalarType dtype);
+
+// A new tensor with the strides that aten gives a + b.
 Tensor empty_like_sum(const Tensor& a, const Tensor& b);
 
 inline Tensor channels_last(const Tensor& tensor) {

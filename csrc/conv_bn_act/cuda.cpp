@@ -1,8 +1,8 @@
 // resnet_fused_cuda::conv_bn_act: checks, lays out, plans and launches.
 #include "conv_bn_act/cuda.h"
 
-#include "common/conv_bn.h"
 #include "common/device.h"
+#include "conv_bn_act/ops.h"
 
 namespace rf::conv {
 
@@ -71,6 +71,17 @@ void launch(const Plan& plan, void* stream) {
 
 }  // namespace
 
+const char* refusal_of(const Tensor& x, const ConvBN& conv) {
+  const std::optional<Element> element = element_of(x.scalar_type());
+  if (!element) return "its kernels compute bfloat16, float16 and float32";
+  if (capability(x.get_device_index()) < 80) return "it needs compute capability 8.0";
+  Args args{};
+  const char* refused = set_sizes(args, x.sizes().data(), conv.weight.sizes().data(), conv.stride.data(),
+                                  conv.padding.data(), conv.dilation.data(), conv.groups);
+  args.x = args.weight = args.mean = args.var = args.out = x.data_ptr();
+  return refused ? refused : refusal(args, *element);
+}
+
 Tensor run_cuda(const Tensor& x, const ConvBN& conv, const OptionalTensor& residual, bool relu, bool tf32,
                 const std::string& kernel, int64_t splits) {
   check_input(x);
@@ -138,7 +149,6 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
 
 }  // namespace rf::conv
 
-// kernel and splits are the plan's own choice where they are "" and 0. tf32 counts for float32 alone.
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda, m) {
   m.def(
       "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor running_mean, "
