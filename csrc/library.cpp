@@ -54,6 +54,11 @@ Tensor convolve(const Tensor& x, const ConvBN& conv, const OptionalTensor& resid
   return reference(x, conv, residual, relu);
 }
 
+// What aten's own operators computed needs no other layout.
+bool has_eagers_strides(const Tensor& x, const std::string& backend) {
+  return backend == "reference" || x.scalar_type() == ScalarType::Double || x.numel() == 0;
+}
+
 void conv_bn_act_op(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const Tensor x = arguments.tensor();
@@ -64,9 +69,11 @@ void conv_bn_act_op(StableIValue* stack, uint64_t, uint64_t) {
   const std::vector<int64_t> sizes = check_conv(x, conv, sizes_of(x));
   if (residual) check_addend(*residual, sizes, x, "residual");
   STD_TORCH_CHECK(act == "relu" || act == "none", "act: got '", act, "', need 'relu' or 'none'");
+  const Tensor out = convolve(x, conv, residual, act == "relu", backend);
+  if (has_eagers_strides(x, backend)) return give(stack, out);
   Layout layout = conv_layout(layout_of(x), conv.weight, sizes);
   if (residual) layout = sum_layout(layout, layout_of(*residual), x);
-  give(stack, laid_out(convolve(x, conv, residual, act == "relu", backend), layout));
+  give(stack, laid_out(out, layout));
 }
 
 template <int DEPTH>
@@ -80,7 +87,7 @@ void block_op(StableIValue* stack, uint64_t, uint64_t) {
   }
   const Tensor out = run_chain(block, [&](const Tensor& x, const ConvBN& conv, const OptionalTensor& residual,
                                           bool relu) { return convolve(x, conv, residual, relu, backend); });
-  give(stack, laid_out(out, block_layout(block)));
+  give(stack, has_eagers_strides(block.x, backend) ? out : laid_out(out, block_layout(block)));
 }
 
 void add_relu_op(StableIValue* stack, uint64_t, uint64_t) {

@@ -39,8 +39,7 @@ Layout layout_of(const Tensor& tensor) { return {sizes_of(tensor), strides_of(te
 
 Layout conv_layout(const Layout& x, const Tensor& weight, std::vector<int64_t> sizes) {
   const int64_t k = sizes[1], p = sizes[2], q = sizes[3];
-  const bool wide = weight.scalar_type() == ScalarType::Double;
-  if (!wide && (suggests_channels_last(x) || suggests_channels_last(layout_of(weight)))) {
+  if (suggests_channels_last(x) || suggests_channels_last(layout_of(weight))) {
     return {std::move(sizes), {k * p * q, 1, q * k, k}};
   }
   return {std::move(sizes), {k * p * q, p * q, q, 1}};
