@@ -204,7 +204,8 @@ def _ninja(module: Path, nvcc: str | None) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvcc",
-        "  command = $nvcc $common $cudaflags -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || { cat $out.log; exit 1; }",
+        "  command = $nvcc $common $cudaflags -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || "
+        "{ cat $out.log; exit 1; }",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule resources",

@@ -42,6 +42,11 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def call(*command: object) -> None:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+
+
 def test_module_and_library_load(library: str) -> None:
     assert extension.missing() is None
     info = extension.module().build_info()
@@ -88,7 +93,9 @@ def test_loading_after_the_package_changes_nothing(library: str) -> None:
 def test_a_library_that_does_not_load_says_so(library: str, tmp_path: Path) -> None:
     package = tmp_path / "resnet_fused"
     shutil.copytree(ROOT / "resnet_fused", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import resnet_fused as rf; print(rf.extension.missing())"
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import resnet_fused as rf; print(rf.extension.missing())"
+    )
     assert "is not built" in python(code).stdout
     suffix = next(path.name for path in (ROOT / "resnet_fused").glob("_C.*"))
     for name in ("libresnet_fused.so", suffix):
@@ -115,16 +122,20 @@ def test_a_program_without_python_runs_an_exported_model(library: str, tmp_path:
         program = torch.export.export(fused, (x,))
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
         want, exact = model(x), model.double()(x.double())
-    executable = tmp_path / "run_model"
+    executable = str(tmp_path / "run_model")
     include = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
-    link = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
-    subprocess.run(
-        [build_ext.compiler(), "-std=c++20", *include, str(HERE / "run_model.cpp"), "-o", str(executable), *link],
-        check=True,
-    )
+    link = [
+        "-Wl,--no-as-needed",
+        f"-L{TORCH / 'lib'}",
+        f"-Wl,-rpath,{TORCH / 'lib'}",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+        "-ldl",
+    ]
+    call(build_ext.compiler(), "-std=c++20", *include, str(HERE / "run_model.cpp"), "-o", executable, *link)
     (tmp_path / "x.bin").write_bytes(x.numpy().tobytes())
-    command = [executable, library, package, tmp_path / "x.bin", tmp_path / "y.bin", *x.shape]
-    subprocess.run(list(map(str, command)), check=True, timeout=120)
+    call(executable, library, package, tmp_path / "x.bin", tmp_path / "y.bin", *x.shape)
     out = torch.frombuffer(bytearray((tmp_path / "y.bin").read_bytes()), dtype=torch.float32).view(want.shape)
     assert_within_budget(out, want, exact, fused(x).detach())
 

@@ -1,4 +1,4 @@
-"""The schemas of the public ops, in this one place: Python registers them, or the compiled library, built from this file.
+"""The schemas of the public ops, in this one place: Python registers them, or the compiled library built from here.
 
 The file imports nothing, since the build reads it where there may be no torch to import.
 """

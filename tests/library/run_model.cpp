@@ -1,4 +1,5 @@
 // A program without Python: loads the library and a model package, runs it on raw float32 input, writes raw output.
+#include <ATen/Functions.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
