@@ -1,7 +1,7 @@
 """What every CUDA kernel costs an architecture, from the compiler's own report: no GPU is needed.
 
-The build keeps that report in the compiled library. ``python -m resnet_fused.testing.static_budget`` prints one line for
-each kernel and architecture: registers, spills, shared memory and how many blocks a multiprocessor holds.
+The build keeps that report in the compiled library. ``python -m resnet_fused.testing.static_budget`` prints one line
+for each kernel and architecture: registers, spills, shared memory and how many blocks a multiprocessor holds.
 """
 
 from __future__ import annotations

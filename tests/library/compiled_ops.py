@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Run in a process of its own: the compiled library first, the package after it, so that the library's ops stay."""
 
 from __future__ import annotations
