@@ -122,7 +122,7 @@ class BuildLibrary(build_ext):
     """setuptools' build_ext, by ninja."""
 
     def run(self) -> None:
-        module = Path(self.get_ext_fullpath("resnet_fused._C"))
+        module = Path(self.get_ext_fullpath("resnet_fused._C")).resolve()  # ninja runs elsewhere
         module.parent.mkdir(parents=True, exist_ok=True)
         try:
             build(module)
