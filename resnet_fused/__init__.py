@@ -36,6 +36,7 @@ from resnet_fused.modules import (
     resnext50_32x4d,
     resnext101_32x8d,
     resnext101_64x4d,
+    warmup,
     wide_resnet50_2,
     wide_resnet101_2,
 )
@@ -48,6 +49,6 @@ __all__ = [
     "FusionEntry", "FusionError", "FusionReport", "ResNet", "ResidualBlock", "add_relu", "basic_block", "bottleneck",
     "clear_workspace", "conv_bn_act", "explain", "fuse", "fuse_", "is_fused", "refresh", "register_adapter", "report",
     "resnet18", "resnet20", "resnet32", "resnet34", "resnet44", "resnet50", "resnet56", "resnet101", "resnet110",
-    "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "unfuse", "verify", "wide_resnet50_2",
-    "wide_resnet101_2",
+    "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "unfuse", "verify", "warmup",
+    "wide_resnet50_2", "wide_resnet101_2",
 ]  # fmt: skip

@@ -115,11 +115,11 @@ def _expandable(module: nn.Module, graph: fx.Graph) -> frozenset[str]:
 
 
 def _in_turn(module: nn.Module, name: str) -> set[str]:
-    if not runs_in_turn(module) or not len(module._modules) or parts.touched(module):
+    """The names of this Sequential and of those in it; none for another module or one that is watched."""
+    if not runs_in_turn(module) or parts.touched(module):
         return set()
-    last = next(reversed(module._modules))
-    child = module._modules[last]
-    return {name} | (set() if child is None else _in_turn(child, f"{name}.{last}"))
+    inner = (_in_turn(child, f"{name}.{key}") for key, child in module._modules.items() if child is not None)
+    return {name}.union(*inner)
 
 
 def _is_add(node: Any) -> bool:

@@ -115,7 +115,6 @@ def _trace(
         except Exception as error:  # whatever the forward raises on proxies is a reason not to trace it
             text = str(error).strip().split("\n")[0]
             raise Untraceable(f"its forward cannot be traced ({type(error).__name__}: {text})") from error
-    seen.check(forward)
     types = tuple(((Tensor if kind is Tensor else (list, tuple)) if n in tracer.asked else None) for n in names)
     reads = [Read((), "_modules", tuple(module._modules))]
     reads += [read for read in seen.reads.values() if read not in reads]
@@ -184,7 +183,7 @@ class _NoTensors(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-            raise Untraceable(f"its forward computes {getattr(func, '__name__', func)} on other tensors than its input")
+            raise Untraceable(f"its forward calls {getattr(func, '__name__', func)} on no value of its own")
         return func(*args, **kwargs)
 
 
@@ -207,40 +206,40 @@ class _Seen:
     def __init__(self, module: nn.Module) -> None:
         self.paths = {id(m): tuple(name.split(".")) if name else () for name, m in module.named_modules()}
         self.reads: dict[tuple[int, str], Read] = {}
-        self.ran: dict[CodeType, dict[str, Any]] = {}
-        self.problem: str | None = None
+        self.allowed: set[CodeType] = set()
+        self.inner: set[CodeType] = set()
 
     def read(self, module: nn.Module, name: str, value: Any) -> None:
-        if name.startswith("__") or isinstance(value, (MethodType, Tensor, fx.Proxy)):
-            if isinstance(value, MethodType) and name in module.__dict__:
-                self.problem = f"its {name} was replaced on the instance"
-            return
+        """Note a read; raise where its value cannot be compared later."""
         path = self.paths.get(id(module))
+        if name.startswith("__") or isinstance(value, (Tensor, fx.Proxy)):
+            return
         if path is None:
-            self.problem = f"its forward reads {name} of a module outside of it"
-        elif isinstance(value, nn.Module):
+            raise Untraceable(f"its forward reads {name} of a module outside of it")
+        if isinstance(value, MethodType) and name not in module.__dict__:
+            return
+        if isinstance(value, nn.Module):
             self.reads[id(module), name] = Read(path, name, PRESENT)
             if isinstance(value, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and id(value) in self.paths:
                 self.reads[id(value), "_modules"] = Read(self.paths[id(value)], "_modules", tuple(value._modules))
         elif _plain(value) or isinstance(value, (FunctionType, BuiltinFunctionType)):
-            kept = tuple(value) if isinstance(value, list) else value
-            self.reads[id(module), name] = Read(path, name, kept)
+            self.reads[id(module), name] = Read(path, name, value)
         else:
-            self.problem = f"its forward reads {name}, a {type(value).__name__}"
+            raise Untraceable(f"its forward reads {name}, a {type(value).__name__}")
 
-    def check(self, forward: FunctionType) -> None:
-        """Raise Untraceable when something that ran is not allowed."""
-        inner = {c for code in self.ran for c in code.co_consts if isinstance(c, CodeType)}
-        for code, globals_ in self.ran.items():
-            problem = _hazard(code, globals_, code in inner)
-            if problem is not None:
-                raise Untraceable(f"{code.co_name} {problem}")
-        if self.problem is not None:
-            raise Untraceable(self.problem)
+    def call(self, code: CodeType, globals_: dict[str, Any]) -> None:
+        """Raise when a function about to run is not allowed to."""
+        if code in self.allowed:
+            return
+        problem = _hazard(code, globals_, code in self.inner)
+        if problem is not None:
+            raise Untraceable(f"{code.co_name} {problem}")
+        self.allowed.add(code)
+        self.inner.update(c for c in code.co_consts if isinstance(c, CodeType))
 
 
 def _plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple):
         return all(_plain(v) for v in value)
     return isinstance(value, _PLAIN)
 
@@ -269,9 +268,9 @@ def _watching(module: nn.Module) -> Iterator[_Seen]:
         if event != "call":
             return
         if name in _CONTEXTS:
-            seen.problem = f"its forward runs a part of itself through {name}"
-        elif not _quiet(frame):
-            seen.ran[frame.f_code] = frame.f_globals
+            raise Untraceable(f"its forward runs a part of itself through {name}")
+        if not _quiet(frame) and not _in_library(frame.f_back):  # Python's import hooks are nobody's forward
+            seen.call(frame.f_code, frame.f_globals)
 
     nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign,assignment]
     nn.Module.__getattr__ = getattr_  # type: ignore[method-assign,assignment]
@@ -291,9 +290,13 @@ def _in_torch(name: str) -> bool:
 def _quiet(frame: Any) -> bool:
     """Whether the frame belongs to torch, to Python's library or to this file; what a forward names is checked there."""
     name = frame.f_globals.get("__name__", "")
-    root = name.split(".")[0]
-    ours = root == __name__.split(".")[0]
-    return _in_torch(name) or root in sys.stdlib_module_names or ours or root.startswith("namedtuple_")
+    ours = name.split(".")[0] == __name__.split(".")[0]
+    return _in_torch(name) or ours or name.startswith("namedtuple_") or _in_library(frame)
+
+
+def _in_library(frame: Any) -> bool:
+    name = frame.f_globals.get("__name__", "") if frame is not None else ""
+    return name.split(".")[0] in sys.stdlib_module_names
 
 
 def _hazard(code: CodeType, globals_: dict[str, Any], inner: bool) -> str | None:

@@ -84,7 +84,6 @@ class Plan:
                 holds = isinstance(getattr(owner, name, None), nn.Module)
             else:
                 now = getattr(owner, name, None)
-                now = tuple(now) if isinstance(now, list) else now
                 holds = type(now) is type(value) and now == value
             if not holds:
                 return f"{'.'.join((*path, name))} is not what it was when its forward was traced"
