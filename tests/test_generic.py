@@ -223,6 +223,15 @@ class Decorated(Head):
         return self.relu(self.bn(self.conv(x)))
 
 
+class DecoratedPart(Head):
+    @torch.no_grad()
+    def part(self, x):
+        return self.bn(self.conv(x))
+
+    def forward(self, x):
+        return self.relu(self.part(x))
+
+
 class Shape(Head):
     def forward(self, x):
         y = self.bn(self.conv(x))
@@ -252,6 +261,7 @@ class Collects(Head):
 
 @pytest.mark.parametrize(("cls", "text"), [
     (Random, "random"), (Counts, "writes an attribute"), (NoGrad, "with statement"), (Decorated, "decorated"),
+    (DecoratedPart, "torch.utils._contextlib"),
     (Shape, "control flow"), (Noise, "rand"), (GradMode, "is_grad_enabled"), (Collects, "reads kept, a list"),
 ], ids=lambda v: getattr(v, "__name__", ""))  # fmt: skip
 def test_forwards_that_no_trace_stands_for(cls, text):

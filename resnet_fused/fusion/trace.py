@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import dis
 import enum
+import gc
 import inspect
 import math
 import sys
@@ -267,18 +268,22 @@ def _watching(module: nn.Module) -> Iterator[_Seen]:
         name = frame.f_globals.get("__name__", "")
         if event != "call":
             return
-        if name in _CONTEXTS:
+        if name in _CONTEXTS and frame.f_back is not None and frame.f_back.f_code in seen.allowed:
             raise Untraceable(f"its forward runs a part of itself through {name}")
         if not _quiet(frame) and not _in_library(frame.f_back):  # Python's import hooks are nobody's forward
             seen.call(frame.f_code, frame.f_globals)
 
     nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign,assignment]
     nn.Module.__getattr__ = getattr_  # type: ignore[method-assign,assignment]
+    collecting = gc.isenabled()
+    gc.disable()  # finalisers of whatever is collected are nobody's forward
     sys.setprofile(called)
     try:
         yield seen
     finally:
         sys.setprofile(profiler)
+        if collecting:
+            gc.enable()
         nn.Module.__getattr__ = original_getattr  # type: ignore[method-assign]
         del nn.Module.__getattribute__
 
