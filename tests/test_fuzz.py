@@ -69,7 +69,8 @@ class Classic(nn.Module):
 
     def __init__(self, width, conv, norm):
         super().__init__()
-        self.left = nn.Sequential(conv(width, width), norm(width), nn.ReLU(inplace=True), conv(width, width), norm(width))
+        first, last = (conv(width, width), norm(width)), (conv(width, width), norm(width))
+        self.left = nn.Sequential(*first, nn.ReLU(inplace=True), *last)
         self.shortcut = nn.Sequential()
 
     def forward(self, x):

@@ -236,10 +236,8 @@ def test_onnx(dynamo, tmp_path):
     import onnxruntime
 
     fused, path = fused_model(), str(tmp_path / "model.onnx")
-    torch.onnx.export(
-        fused, (image(),), path, dynamo=dynamo, verbose=False, input_names=["x"],
-        **({"dynamic_shapes": ({0: torch.export.Dim("n", min=1, max=64)},)} if dynamo else {"dynamic_axes": {"x": [0]}}),
-    )  # fmt: skip
+    batch = {"dynamic_shapes": ({0: torch.export.Dim("n", min=1, max=64)},)} if dynamo else {"dynamic_axes": {"x": [0]}}
+    torch.onnx.export(fused, (image(),), path, dynamo=dynamo, verbose=False, input_names=["x"], **batch)
     kinds = {node.op_type for node in onnx.load(path).graph.node}
     assert "Conv" in kinds and "Relu" in kinds
     assert {node.domain for node in onnx.load(path).graph.node} <= {"", "ai.onnx"}

@@ -171,7 +171,8 @@ class _Rewriter:
             used |= set(getattr(constant, "co_names", ()))
         symbols = tuple((name, _importable(value)) for name, value in sorted(code.globals.items()) if name in used)
         t = self.traced
-        return Plan(code.src, symbols, t.names, t.types, t.reads, tuple(map(path, sorted(t.expanded))), tuple(self.chains))
+        containers = tuple(map(path, sorted(t.expanded)))
+        return Plan(code.src, symbols, t.names, t.types, t.reads, containers, tuple(self.chains))
 
     def convolution(self, node: fx.Node) -> None:
         """A convolution and what follows it."""
@@ -282,7 +283,7 @@ _FRESH = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.AvgPool2d, nn.MaxPool2d)
 
 
 def _private(module: nn.Module, node: Any) -> bool:
-    """Whether nothing else in the graph can see the memory of this value: used once, and no other name of an argument."""
+    """Whether nothing else in the graph can see the memory of this value: used once, and no name of an argument's."""
     if not isinstance(node, fx.Node) or len(node.users) != 1 or node.op in ("placeholder", "get_attr"):
         return False
     if node.op == "call_function" and node.target in (conv_norm_act, sum_relu, operator.add):

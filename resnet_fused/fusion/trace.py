@@ -143,7 +143,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, names: tuple[str, ...], kind: type, expand: frozenset[str], method: str) -> None:
-        super().__init__(autowrap_modules=())  # type: ignore[no-untyped-call]
+        super().__init__()
         self.names, self.kind, self.expand, self.traced_func_name = names, kind, expand, method
         self.asked: set[str] = set()
 
@@ -274,7 +274,7 @@ def _watching(module: nn.Module) -> Iterator[_Seen]:
             seen.call(frame.f_code, frame.f_globals)
 
     nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign,assignment]
-    nn.Module.__getattr__ = getattr_  # type: ignore[method-assign,assignment]
+    nn.Module.__getattr__ = getattr_  # type: ignore[method-assign]
     collecting = gc.isenabled()
     gc.disable()  # finalisers of whatever is collected are nobody's forward
     sys.setprofile(called)
@@ -293,7 +293,7 @@ def _in_torch(name: str) -> bool:
 
 
 def _quiet(frame: Any) -> bool:
-    """Whether the frame belongs to torch, to Python's library or to this file; what a forward names is checked there."""
+    """Whether the frame belongs to torch, Python's library or this package, which a forward may run."""
     name = frame.f_globals.get("__name__", "")
     ours = name.split(".")[0] == __name__.split(".")[0]
     return _in_torch(name) or ours or name.startswith("namedtuple_") or _in_library(frame)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def warmup(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Run ``model(*args, **kwargs)`` once and leave no trace but what is kept: compiled kernels, packed weights, memory.
+    """Run ``model(*args, **kwargs)`` once, for what is kept of it: compiled kernels, packed weights, memory.
 
     Call it before capturing a CUDA graph, before timing, or before threads share the model, with an input of the shape
     and dtype to come. It records no gradient; batch statistics and random generators are afterwards what they were.
