@@ -39,7 +39,7 @@ def touched(module: nn.Module) -> bool:
 def watched() -> bool:
     """Whether no call is to be bypassed: with hooks for all modules (profilers and FLOP counters have them), and while
     a model is written as ONNX, which knows no op of ours."""
-    exporting = torch.compiler.is_exporting() or torch._C._is_tracing()
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     return bool(
         (exporting and torch.onnx.is_in_onnx_export())
         or _nn_module._global_forward_hooks
