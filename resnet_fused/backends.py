@@ -29,6 +29,7 @@ class Backend(str, enum.Enum):
 
     REFERENCE = "reference"
     ONEDNN = "onednn"
+    CPU = "cpu"
     CUDNN = "cudnn"
     TRITON = "triton"
     CUDA = "cuda"
@@ -68,6 +69,8 @@ def unavailable(backend: str) -> str | None:
             if not torch.backends.mkldnn.is_available():
                 return "this build of torch has no oneDNN"
             return None
+        case Backend.CPU:
+            return importlib.import_module("resnet_fused.ops.winograd").unavailable()  # type: ignore[no-any-return]
         case Backend.CUDNN:
             if not torch.cuda.is_available():
                 return "no CUDA device"

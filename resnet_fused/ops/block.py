@@ -145,7 +145,7 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
     check_block(call)
     if call.x.numel() == 0:
         return run_chain(call, reference.run)
-    candidates = tuple(b for b in ("onednn",) if call.x.device.type == "cpu")
+    candidates = ("cpu", "onednn") if call.x.device.type == "cpu" else ()
     if backend in candidates or backend == backends.AUTO:
         for candidate in candidates:
             if backends.refusal(name, candidate, call) is None:

@@ -25,7 +25,7 @@ def call_op(x: Tensor, conv: ConvBN, residual: Tensor | None, act: str, backend:
 def candidates(x: Tensor, conv: ConvBN) -> tuple[str, ...]:
     """The static rule of ``backend="auto"``: backends in the order in which they are tried."""
     if x.device.type == "cpu":
-        return ("onednn", "reference")
+        return ("cpu", "onednn", "reference")
     if x.device.type == "cuda" and x.dtype != torch.float64:
         # A 1x1 convolution is bound by memory, where the fused epilogue pays whole; a larger filter by arithmetic,
         # where cuDNN's kernels are the safer choice until a tuning table says otherwise. Its fused 7x7 has been seen
