@@ -27,7 +27,7 @@ SCHEMAS = ROOT / "resnet_fused" / "ops" / "schemas.py"
 ABI_TARGET = (2, 11)  # the oldest torch that loads the library, whichever it was built with
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 OLDEST_ARCHITECTURE = 80
-# Files named *_<isa>.cpp are compiled for these instructions, on x86-64 alone; the code asks the CPU before it calls them.
+# Files named *_<isa>.cpp are compiled for these instructions, on x86-64 alone; the code asks the CPU before it calls.
 INSTRUCTIONS = {"avx512": "-mavx512f -mfma", "avx2": "-mavx2 -mfma"}
 
 

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from resnet_fused import functional
-from resnet_fused.ops import block, block_cpu
+from resnet_fused.ops import block, block_cpu, onednn
 from resnet_fused.ops.block import BlockCall
-from resnet_fused.ops import onednn
 from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBN
 from resnet_fused.testing.budget import assert_within_budget
