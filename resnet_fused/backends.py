@@ -1,8 +1,8 @@
 """Which backends are here, and which one serves a call.
 
 A backend is a module ``ops/<op>/<backend>.py`` with two functions: ``supports(call)``, which gives the reason why it
-cannot take this call or None, and ``run(call)``. Modules are imported on first use, so ``import resnet_fused`` needs
-torch alone.
+cannot take this call or None, and ``run(call)``, or for a whole block ``bind(call)`` (see ops/block_cpu.py). Modules
+are imported on first use, so ``import resnet_fused`` needs torch alone.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ CASES = (
 
 
 def run(call: ConvBNActCall, isa: str = "", out: Tensor | None = None) -> Tensor:
-    return winograd.run(call.x, call.conv, call.residual, call.act == "relu", out, isa)
+    convolution = winograd.Convolution(call.conv, isa)
+    return (convolution.relu if call.act == "relu" else convolution.linear)(call.x, call.residual, out)
 
 
 def assert_right(call: ConvBNActCall, out: Tensor) -> None:

@@ -40,29 +40,36 @@ def _refused_dtype(dtype: torch.dtype) -> str | None:
     return None if able else f"this CPU has no instructions for {dtype}"
 
 
-def convolve(x: Tensor, conv: ConvBN, residual: Tensor | None = None, *, into_residual: bool = False) -> Tensor:
-    """Convolution, batch norm and sum, without ReLU; channels_last in and out. May write its sum into ``residual``."""
-    prepared = packed.packed(_CACHE, conv, _Prepared)
-    weight, bias = prepared.weight(x.shape), prepared.bias
-    geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
-    ops = torch.ops.mkldnn
-    if residual is None:
-        return ops._convolution_pointwise.default(x, weight, bias, *geometry, "none", [], "")  # type: ignore[no-any-return]
-    if into_residual:
-        return ops._convolution_pointwise_.binary(  # type: ignore[no-any-return]
-            residual, x, weight, bias, *geometry, "add", 1.0, None, [], None
+class Convolution:
+    """One convolution with its batch norm and sum, bound to its prepared weights; channels_last in and out.
+
+    It is right as long as the tensors of ``conv`` are not written to.
+    """
+
+    def __init__(self, conv: ConvBN) -> None:
+        self._prepared: _Prepared = packed.packed(_CACHE, conv, _Prepared)
+        self._geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+
+    def linear(self, x: Tensor, residual: Tensor | None = None, *, into_residual: bool = False) -> Tensor:
+        """Without ReLU. May write its sum into ``residual`` where ``into_residual`` says so."""
+        weight, bias = self._prepared.weight(x.shape), self._prepared.bias
+        ops = torch.ops.mkldnn
+        if residual is None:
+            return ops._convolution_pointwise.default(x, weight, bias, *self._geometry, "none", [], "")  # type: ignore[no-any-return]
+        if into_residual:
+            return ops._convolution_pointwise_.binary(  # type: ignore[no-any-return]
+                residual, x, weight, bias, *self._geometry, "add", 1.0, None, [], None
+            )
+        return ops._convolution_pointwise.binary(  # type: ignore[no-any-return]
+            x, residual, weight, bias, *self._geometry, "add", 1.0, None, [], None
         )
-    return ops._convolution_pointwise.binary(  # type: ignore[no-any-return]
-        x, residual, weight, bias, *geometry, "add", 1.0, None, [], None
-    )
 
-
-def convolve_relu(
-    x: Tensor, conv: ConvBN, residual: Tensor | None = None, out: Tensor | None = None, *, into_residual: bool = False
-) -> Tensor:
-    """:func:`convolve` and ReLU, which keeps NaN as oneDNN's own would not; into ``out`` where it is given."""
-    y = convolve(x, conv, residual, into_residual=into_residual)
-    return y.relu_() if out is None else torch.clamp_min(y, 0, out=out)
+    def relu(
+        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, *, into_residual: bool = False
+    ) -> Tensor:
+        """With ReLU, which keeps NaN as oneDNN's own would not; into ``out`` where it is given."""
+        y = self.linear(x, residual, into_residual=into_residual)
+        return y.relu_() if out is None else torch.clamp_min(y, 0, out=out)
 
 
 def sub_batch(n: int, bytes_per_image: int) -> int:

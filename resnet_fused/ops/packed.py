@@ -36,6 +36,12 @@ def clear() -> None:
         cache.clear()
 
 
+def lasting(conv: ConvBN) -> bool:
+    """Whether what is packed from ``conv`` can be kept. Tensors made in inference mode do not tell when they are
+    written to: their weights would be packed on every call, at a cost that eager does not have."""
+    return not conv.weight.is_inference()
+
+
 def fold(conv: ConvBN) -> tuple[Tensor, Tensor]:
     """Batch norm folded into the convolution: a weight in its own dtype and a float32 bias, folded in float32.
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,28 +65,37 @@ def _refused(
     return None
 
 
-class _Prepared(NamedTuple):
-    filters: Tensor
-    bias: Tensor
+class Convolution:
+    """One convolution with its batch norm, bound to its transformed filters; channels_last in and out.
 
-
-def run(
-    x: Tensor, conv: ConvBN, residual: Tensor | None, relu: bool, out: Tensor | None = None, isa: str = ""
-) -> Tensor:
-    """Convolution, batch norm, residual and ReLU; x and residual are channels_last, and so is the result.
+    It is right as long as the tensors of ``conv`` are not written to.
 
     Args:
-        out: channels_last memory for the result; none of the inputs.
         isa: the instructions to use, "avx512" or "avx2"; "" for the widest.
     """
-    prepared: _Prepared = packed.packed(_CACHE, conv, _prepare)
-    if out is None:
-        size = conv.output_size(x.shape[2], x.shape[3])
-        out = torch.empty((x.shape[0], conv.weight.shape[0], *size), memory_format=torch.channels_last)
-    arguments = (prepared.filters, prepared.bias, residual, conv.padding, relu, out, isa)
-    if not torch.ops.resnet_fused_cpu.winograd(x, *arguments):
-        _direct(x, conv, residual, relu, out)
-    return out
+
+    def __init__(self, conv: ConvBN, isa: str = "") -> None:
+        self._conv, self._isa = conv, isa
+        self._prepared: tuple[Tensor, Tensor] = packed.packed(_CACHE, conv, _prepare)
+
+    def relu(
+        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, *, into_residual: bool = False
+    ) -> Tensor:
+        """With residual and ReLU, into ``out`` where it is given. ``residual`` is never written to."""
+        return self._run(x, residual, True, out)
+
+    def linear(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """Without ReLU."""
+        return self._run(x, residual, False, out)
+
+    def _run(self, x: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None) -> Tensor:
+        conv = self._conv
+        if out is None:
+            size = conv.output_size(x.shape[2], x.shape[3])
+            out = torch.empty((x.shape[0], conv.weight.shape[0], *size), memory_format=torch.channels_last)
+        if not torch.ops.resnet_fused_cpu.winograd(x, *self._prepared, residual, conv.padding, relu, out, self._isa):
+            _direct(x, conv, residual, relu, out)
+        return out
 
 
 def _direct(x: Tensor, conv: ConvBN, residual: Tensor | None, relu: bool, out: Tensor) -> None:
@@ -99,7 +107,7 @@ def _direct(x: Tensor, conv: ConvBN, residual: Tensor | None, relu: bool, out: T
     out.copy_(y.relu_() if relu else y)
 
 
-def _prepare(conv: ConvBN) -> _Prepared:
+def _prepare(conv: ConvBN) -> tuple[Tensor, Tensor]:
     """Batch norm folded into the filters in float64, and the filters transformed: one rounding."""
     scale, bias = packed.affine(conv, torch.float64)
-    return _Prepared(torch.ops.resnet_fused_cpu.winograd_filters(conv.weight, scale), bias.float())
+    return torch.ops.resnet_fused_cpu.winograd_filters(conv.weight, scale), bias.float()

@@ -1,6 +1,6 @@
 """bottleneck by this project's C++ kernels for the CPU, with oneDNN for the convolutions that they do not take."""
 
-from resnet_fused.ops.block_cpu import run_cpu as run
+from resnet_fused.ops.block_cpu import bind_cpu as bind
 from resnet_fused.ops.block_cpu import supports_cpu as supports
 
-__all__ = ["run", "supports"]
+__all__ = ["bind", "supports"]

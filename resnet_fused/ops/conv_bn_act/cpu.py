@@ -17,4 +17,5 @@ def run(call: ConvBNActCall) -> Tensor:
     x, residual = call.x.contiguous(memory_format=torch.channels_last), call.residual
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    return winograd.run(x, call.conv, residual, call.act == "relu")
+    convolution = winograd.Convolution(call.conv)
+    return convolution.relu(x, residual) if call.act == "relu" else convolution.linear(x, residual)

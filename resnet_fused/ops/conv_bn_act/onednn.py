@@ -19,15 +19,16 @@ def run(call: ConvBNActCall) -> Tensor:
     residual = call.residual
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
+    convolution = onednn.Convolution(call.conv)
     if call.act == "none":
-        return onednn.convolve(x, call.conv, residual)
+        return convolution.linear(x, residual)
     height, width = call.conv.output_size(x.shape[2], x.shape[3])
     channels = call.conv.weight.shape[0]
     size = onednn.sub_batch(n, channels * height * width * x.element_size())
     if size == n:
-        return onednn.convolve_relu(x, call.conv, residual)
+        return convolution.relu(x, residual)
     out = torch.empty((n, channels, height, width), dtype=x.dtype, memory_format=torch.channels_last)
     for at in range(0, n, size):
         part = slice(at, at + size)
-        onednn.convolve_relu(x[part], call.conv, None if residual is None else residual[part], out[part])
+        convolution.relu(x[part], None if residual is None else residual[part], out[part])
     return out
