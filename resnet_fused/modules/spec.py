@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -59,6 +59,22 @@ class BlockSpec:
             None if shortcut is None else path(shortcut),
             tuple(map(path, idle.split())),
         )
+
+
+def extended(
+    spec: BlockSpec,
+    *,
+    extras: tuple[str, ...] = (),
+    containers: tuple[tuple[str, int], ...] = (),
+    wrappers: tuple[tuple[str, tuple[str, str]], ...] = (),
+) -> BlockSpec:
+    """``spec`` with these fields, from dotted paths; an entry of ``extras`` has them blank-separated."""
+    return replace(
+        spec,
+        extras=tuple(tuple(map(path, entry.split())) for entry in extras),
+        containers=tuple((path(dotted), length) for dotted, length in containers),
+        wrappers=tuple((path(dotted), name) for dotted, name in wrappers),
+    )
 
 
 BASIC_BLOCK = BlockSpec.of("conv1 conv2", "bn1 bn2", "relu", "downsample")

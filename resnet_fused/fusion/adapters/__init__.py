@@ -6,19 +6,45 @@ A table names classes and says where their parts are, so a family whose package 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import CodeType
 
 from torch import nn
 
-from resnet_fused.fusion.adapters import source, torchvision
+from resnet_fused.fusion.adapters import (
+    detectron2,
+    huggingface,
+    open_clip,
+    openmmlab,
+    others,
+    smp,
+    source,
+    timm,
+    torchvision,
+)
 from resnet_fused.fusion.adapters.table import BlockAdapter, StemAdapter
 from resnet_fused.modules.spec import BlockSpec
 
 __all__ = ["BlockAdapter", "StemAdapter", "find_adapter", "find_stem", "register_adapter"]
 
-_BLOCKS: dict[str, BlockAdapter] = {**torchvision.BLOCKS}
-_REFUSED: dict[str, str] = {**torchvision.REFUSED}
-_STEMS: dict[str, StemAdapter] = {**torchvision.STEMS}
+_BLOCKS: dict[str, BlockAdapter] = {
+    **torchvision.BLOCKS,
+    **timm.BLOCKS,
+    **huggingface.BLOCKS,
+    **open_clip.BLOCKS,
+    **detectron2.BLOCKS,
+    **openmmlab.BLOCKS,
+    **others.BLOCKS,
+}
+_REFUSED: dict[str, str] = {**torchvision.REFUSED, **timm.REFUSED, **detectron2.REFUSED}
+_STEMS: dict[str, StemAdapter | Callable[[nn.Module], StemAdapter]] = {
+    **torchvision.STEMS,
+    **timm.STEMS,
+    **huggingface.STEMS,
+    **smp.STEMS,
+    **open_clip.STEMS,
+    **detectron2.STEMS,
+}
 _REGISTERED: dict[type, tuple[BlockAdapter, CodeType]] = {}
 _LOCK = threading.Lock()
 
@@ -86,8 +112,9 @@ def find_stem(module: nn.Module) -> StemAdapter | str | None:
     """The adapter of a model's stem; the reason why a relative of a known model's cannot be taken; None otherwise."""
     cls = type(module)
     for base in cls.__mro__:
-        adapter = _STEMS.get(f"{base.__module__}.{base.__qualname__}")
-        if adapter is not None:
+        entry = _STEMS.get(f"{base.__module__}.{base.__qualname__}")
+        if entry is not None:
+            adapter = entry if isinstance(entry, StemAdapter) else entry(module)
             same = _own_methods(cls, base, adapter.methods) and _called_plainly(cls)
             return adapter if same else _other_forward(cls, base)
     return None
