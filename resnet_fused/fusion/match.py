@@ -88,7 +88,7 @@ def _refusal(module: nn.Module, spec: BlockSpec) -> str | None:
             return f"{'.'.join(idle_path)} is {_class(found)}, need None or nn.Identity"
     for path, length in spec.containers:
         container, name = find(module, path), ".".join(path)
-        if type(container) is not nn.Sequential or len(container) != length:
+        if not live.is_container(container, path, spec) or len(container) != length:
             return f"{name} is not the Sequential of {length} modules that it was"
         if parts.touched(container):
             return _touched(container, name)
@@ -105,12 +105,11 @@ def _refusal(module: nn.Module, spec: BlockSpec) -> str | None:
 
 
 def _own_forward(cls: type[nn.Module]) -> bool:
-    """Whether ``cls`` has the forward that its own source defines."""
-    forward = vars(cls).get("forward")
-    return (getattr(forward, "__module__", None), getattr(forward, "__qualname__", None)) == (
-        cls.__module__,
-        f"{cls.__qualname__}.forward",
-    )
+    """Whether ``cls`` has a forward as some class's own source defines it, rather than a patched one."""
+    base = next(base for base in cls.__mro__ if "forward" in vars(base))
+    forward = vars(base)["forward"]
+    origin = (getattr(forward, "__module__", None), getattr(forward, "__qualname__", None))
+    return origin == (base.__module__, f"{base.__qualname__}.forward")
 
 
 def _note(module: nn.Module, spec: BlockSpec) -> str:

@@ -35,8 +35,9 @@ FROZEN_NORMS: dict[Name, float | None] = {
 # Subclasses of nn.Conv2d whose forward is its own convolution, then their child ``norm``, then ``activation`` if any.
 NORMED_CONVS: frozenset[Name] = frozenset({("detectron2.layers.wrappers", "Conv2d")})
 
-# Modules that only call a convolution and then a norm: where the two are.
+# Modules that only call a convolution and then a norm: where the two are, and they have no other children.
 PROJECTIONS: dict[Name, tuple[str, str]] = {
+    ("torchvision.ops.misc", "Conv2dNormActivation"): ("0", "1"),
     ("transformers.models.resnet.modeling_resnet", "ResNetShortCut"): ("convolution", "normalization"),
     ("transformers.models.rt_detr.modeling_rt_detr_resnet", "RTDetrResNetShortCut"): ("convolution", "normalization"),
 }

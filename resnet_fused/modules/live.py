@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor, nn
 
@@ -54,13 +54,18 @@ def pairs(module: nn.Module, spec: BlockSpec) -> list[Pair] | None:
             return None
     for path, length in spec.containers:
         container = find(module, path)
-        if type(container) is not nn.Sequential or parts.touched(container) or len(container) != length:
+        if not is_container(container, path, spec) or parts.touched(container) or len(container) != length:
             return None
     for path, name in spec.wrappers:
         wrapper = find(module, path)
         if wrapper is None or name_of(type(wrapper)) != name or parts.touched(wrapper):
             return None
     return None if parts.watched() else found
+
+
+def is_container(module: nn.Module | None, keys: Path, spec: BlockSpec) -> TypeGuard[nn.Sequential]:
+    """Whether ``module`` calls its children one after another: a Sequential, or one of the class that ``spec`` names."""
+    return type(module) is nn.Sequential or (isinstance(module, nn.Sequential) and keys in dict(spec.wrappers))
 
 
 def extras(module: nn.Module, spec: BlockSpec) -> list[list[Step]] | None:
@@ -80,7 +85,7 @@ def shortcut(module: Any) -> Projection | Step | None:
             return None
     last = steps[-1]
     name = name_of(type(last))
-    if name in PROJECTIONS and not parts.touched(last):
+    if name in PROJECTIONS and not parts.touched(last) and tuple(last._modules) == PROJECTIONS[name]:
         steps[-1:] = [find(last, (key,)) for key in PROJECTIONS[name]]
     elif name in NORMED_CONVS:
         steps.append(find(last, ("norm",)))

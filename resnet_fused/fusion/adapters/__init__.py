@@ -27,7 +27,7 @@ from resnet_fused.modules.spec import BlockSpec
 
 __all__ = ["BlockAdapter", "StemAdapter", "find_adapter", "find_stem", "register_adapter"]
 
-_BLOCKS: dict[str, BlockAdapter] = {
+_BLOCKS: dict[str, BlockAdapter | Callable[[nn.Module], BlockAdapter]] = {
     **torchvision.BLOCKS,
     **timm.BLOCKS,
     **huggingface.BLOCKS,
@@ -104,7 +104,10 @@ def find_adapter(module: nn.Module) -> BlockAdapter | str | None:
             return _REFUSED[name]
         if name in _BLOCKS:
             same = _own_methods(cls, base, ("forward",)) and _called_plainly(cls)
-            return _BLOCKS[name] if same else _other_forward(cls, base)
+            entry = _BLOCKS[name]
+            if not same:
+                return _other_forward(cls, base)
+            return entry if isinstance(entry, BlockAdapter) else entry(module)
     return source.read_block(module) if _called_plainly(cls) else None
 
 
@@ -112,9 +115,9 @@ def find_stem(module: nn.Module) -> StemAdapter | str | None:
     """The adapter of a model's stem; the reason why a relative of a known model's cannot be taken; None otherwise."""
     cls = type(module)
     for base in cls.__mro__:
-        entry = _STEMS.get(f"{base.__module__}.{base.__qualname__}")
-        if entry is not None:
-            adapter = entry if isinstance(entry, StemAdapter) else entry(module)
+        stem = _STEMS.get(f"{base.__module__}.{base.__qualname__}")
+        if stem is not None:
+            adapter = stem if isinstance(stem, StemAdapter) else stem(module)
             same = _own_methods(cls, base, adapter.methods) and _called_plainly(cls)
             return adapter if same else _other_forward(cls, base)
     return None
