@@ -94,10 +94,11 @@ def add(row: Row, candidate: Candidate) -> None:
     after = flatten(candidate.run(fused, x))
     if list(fused.state_dict()) != keys:
         row.problems.append(f"{candidate.name}: other keys in its state_dict")
-    eager = flatten(before)
-    last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    other = flatten(candidate.run(last, x.contiguous(memory_format=torch.channels_last)))
-    del last
+    eager, other = flatten(before), None
+    if x.dim() == 4:
+        turned = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        other = flatten(candidate.run(turned, x.contiguous(memory_format=torch.channels_last)))
+        del turned
     undone = flatten(candidate.run(unfuse(fused, inplace=True), x))
     del fused
     reference = flatten(candidate.run(model.double(), x.double()))
@@ -107,7 +108,7 @@ def add(row: Row, candidate: Candidate) -> None:
     for key, expected in eager.items():
         if not torch.equal(torch.nan_to_num(undone[key]), torch.nan_to_num(expected)):
             row.problems.append(f"{candidate.name}: {key or 'its output'} differs after unfuse")
-        error = measure(after[key], expected, reference[key].double(), other[key])
+        error = measure(after[key], expected, reference[key].double(), other and other[key])
         if not error.ok:
             row.problems.append(f"{candidate.name}: {key or 'its output'} has {error.ratio:.2f} times the budget")
         if error.ratio > row.worst:

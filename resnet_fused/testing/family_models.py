@@ -72,7 +72,7 @@ def _torchvision_detection() -> list[Candidate]:
     names = ("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn")
     names += ("maskrcnn_resnet50_fpn_v2", "keypointrcnn_resnet50_fpn")
     names += ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn")
-    return _named("torchvision", *names, run=lambda model, x: model.backbone(x))  # type: ignore[operator]
+    return _named("torchvision", *names, run=lambda model, x: model.backbone(x), size=128, batch=2)  # type: ignore[operator]
 
 
 def _timm(*modules: str) -> list[Candidate]:

@@ -31,6 +31,7 @@ _BLOCKS: dict[str, BlockAdapter | Callable[[nn.Module], BlockAdapter]] = {
     **torchvision.BLOCKS,
     **timm.BLOCKS,
     **huggingface.BLOCKS,
+    **smp.BLOCKS,
     **open_clip.BLOCKS,
     **detectron2.BLOCKS,
     **openmmlab.BLOCKS,

@@ -20,8 +20,9 @@ def _refusal(block: nn.Module) -> str | None:
     if getattr(instance, "with_plugins", False):
         return "it has plugins"
     for i in (1, 2, 3):  # the norms' names follow their configuration
-        if hasattr(type(block), f"norm{i}") and getattr(instance, f"norm{i}", None) is not find(block, (f"bn{i}",)):
-            return f"norm{i} is not bn{i}"
+        norm = getattr(instance, f"norm{i}", None)
+        if norm is not find(block, (f"bn{i}",)):
+            return f"norm{i} is a {type(norm).__name__}, need nn.BatchNorm2d under the name bn{i}"
     return None
 
 

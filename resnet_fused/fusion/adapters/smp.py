@@ -1,12 +1,15 @@
-"""segmentation_models_pytorch: its ResNet encoders, whose blocks are torchvision's with strides patched afterwards."""
+"""segmentation_models_pytorch: its ResNet encoders, whose blocks are torchvision's with strides patched afterwards, and SENets."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from resnet_fused.fusion.adapters.table import StemAdapter
+from resnet_fused.fusion.adapters.table import BlockAdapter, StemAdapter
+from resnet_fused.fusion.adapters.timm import SENET_BOTTLENECK
 from resnet_fused.modules.conv_bn_relu import FusedStem
 from resnet_fused.modules.resnet import STEM
+
+BLOCKS = {"segmentation_models_pytorch.encoders._senet.Bottleneck": BlockAdapter("bottleneck", SENET_BOTTLENECK)}
 
 
 class FusedEncoder(FusedStem):

@@ -15,14 +15,14 @@ BOTTLENECK = extended(
     BlockSpec.of("conv1 conv2 conv3", "bn1 bn2 bn3", "act1 act2 act3", "downsample", "drop_block"),
     extras=("", "aa", "se drop_path"),
 )
-_SENET = extended(
+SENET_BOTTLENECK = extended(
     BlockSpec.of("conv1 conv2 conv3", "bn1 bn2 bn3", "relu", "downsample"), extras=("", "", "se_module")
 )  # fmt: skip
 
 BLOCKS = {
     "timm.models.resnet.BasicBlock": BlockAdapter("basic_block", BASIC),
     "timm.models.resnet.Bottleneck": BlockAdapter("bottleneck", BOTTLENECK),
-    "timm.models.senet.Bottleneck": BlockAdapter("bottleneck", _SENET),
+    "timm.models.senet.Bottleneck": BlockAdapter("bottleneck", SENET_BOTTLENECK),
 }
 
 REFUSED = {

@@ -14,7 +14,6 @@ from resnet_fused.modules.resnet import STEM
 from resnet_fused.modules.spec import BASIC_BLOCK, BOTTLENECK, BlockSpec, extended, find
 
 
-
 def _regnet_block(with_se: bool) -> BlockAdapter:
     convs = ("f.a", "f.b", "f.c")
     spec = BlockSpec.of("f.a.0 f.b.0 f.c.0", "f.a.1 f.b.1 f.c.1", "f.a.2 f.b.2 activation", "proj")
