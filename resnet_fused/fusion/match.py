@@ -87,7 +87,8 @@ def _refusal(module: nn.Module, spec: BlockSpec) -> str | None:
         if not live.idle(found):
             return f"{'.'.join(idle_path)} is {_class(found)}, need None or nn.Identity"
     for path, length in spec.containers:
-        container, name = find(module, path), ".".join(path)
+        container: Any = find(module, path)
+        name = ".".join(path)
         if not live.is_container(container, path, spec) or len(container) != length:
             return f"{name} is not the Sequential of {length} modules that it was"
         if parts.touched(container):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -52,9 +52,9 @@ def pairs(module: nn.Module, spec: BlockSpec) -> list[Pair] | None:
     for idle_path in spec.idle:
         if not idle(lookup(module, idle_path)):
             return None
-    for path, length in spec.containers:
-        container = find(module, path)
-        if not is_container(container, path, spec) or parts.touched(container) or len(container) != length:
+    for path, count in spec.containers:
+        container: Any = find(module, path)
+        if not is_container(container, path, spec) or parts.touched(container) or len(container) != count:
             return None
     for path, name in spec.wrappers:
         wrapper = find(module, path)
@@ -63,8 +63,8 @@ def pairs(module: nn.Module, spec: BlockSpec) -> list[Pair] | None:
     return None if parts.watched() else found
 
 
-def is_container(module: nn.Module | None, keys: Path, spec: BlockSpec) -> TypeGuard[nn.Sequential]:
-    """Whether ``module`` calls its children one after another: a Sequential, or one of the class that ``spec`` names."""
+def is_container(module: nn.Module | None, keys: Path, spec: BlockSpec) -> bool:
+    """Whether ``module`` calls its children in turn: a Sequential, or one of the class that ``spec`` names."""
     return type(module) is nn.Sequential or (isinstance(module, nn.Sequential) and keys in dict(spec.wrappers))
 
 

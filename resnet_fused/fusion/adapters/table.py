@@ -21,7 +21,7 @@ def _always(module: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class BlockAdapter:
-    """A class of blocks: which kind it is (a key of ``KINDS``), where its parts are, and why a given one cannot be fused.
+    """A class of blocks: which kind it is (a key of ``KINDS``), where its parts are, and why one cannot be fused.
 
     Where blocks of a class have several shapes, its table names a function from the block to its adapter.
     """

@@ -31,8 +31,8 @@ REFUSED = {
     "timm.models.resnest.ResNestBottleneck": "a ResNeSt block, with split attention",
     "timm.models.sknet.SelectiveKernelBasic": "a selective-kernel block, whose first convolution attends to two",
     "timm.models.sknet.SelectiveKernelBottleneck": "a selective-kernel block, whose second convolution attends to two",
-    "timm.models.resnetv2.PreActBasic": "a pre-activation block: norm and activation stand before each convolution",
-    "timm.models.resnetv2.PreActBottleneck": "a pre-activation block: norm and activation stand before each convolution",
+    "timm.models.resnetv2.PreActBasic": "a pre-activation block: norm and activation stand before a convolution",
+    "timm.models.resnetv2.PreActBottleneck": "a pre-activation block: norm and activation stand before a convolution",
     "timm.models.resnetv2.Bottleneck": "a ResNetV2 block, whose norms contain the activation",
 }
 
