@@ -73,7 +73,7 @@ def _refusal(module: nn.Module, spec: BlockSpec) -> str | None:
     """Why the parts of ``module`` cannot be fused, or None when they can."""
     for conv_path, norm_path in spec.pairs:
         conv, norm = find(module, conv_path), find(module, norm_path)
-        reason = _conv_refusal(conv, ".".join(conv_path)) or _norm_refusal(norm, ".".join(norm_path))
+        reason = conv_refusal(conv, ".".join(conv_path)) or norm_refusal(norm, ".".join(norm_path))
         if reason is not None:
             return reason
     for act_path in spec.acts:
@@ -81,7 +81,7 @@ def _refusal(module: nn.Module, spec: BlockSpec) -> str | None:
         if type(act) is not nn.ReLU:
             return f"{name} is {_class(act)}, need nn.ReLU"
         if parts.touched(act):
-            return _touched(act, name)
+            return watched_reason(act, name)
     for idle_path in spec.idle:
         found = live.lookup(module, idle_path)
         if not live.idle(found):
@@ -92,13 +92,13 @@ def _refusal(module: nn.Module, spec: BlockSpec) -> str | None:
         if not live.is_container(container, path, spec) or len(container) != length:
             return f"{name} is not the Sequential of {length} modules that it was"
         if parts.touched(container):
-            return _touched(container, name)
+            return watched_reason(container, name)
     for path, class_name in spec.wrappers:
         wrapper, name = find(module, path), ".".join(path)
         if wrapper is None or name_of(type(wrapper)) != class_name or not _own_forward(type(wrapper)):
             return f"{name} is {_class(wrapper)}, need {'.'.join(class_name)} with its own forward"
         if parts.touched(wrapper):
-            return _touched(wrapper, name)
+            return watched_reason(wrapper, name)
     shortcut = None if spec.shortcut is None else live.lookup(module, spec.shortcut)
     if shortcut is not None and not isinstance(shortcut, nn.Module):
         return f"{'.'.join(spec.shortcut or ())} is no module but a {type(shortcut).__name__}"
@@ -136,9 +136,9 @@ def _shortcut_note(module: nn.Module, name: str) -> str:
         return f"the {type(found.before[0]).__name__} in {name} stays eager" if found.before else ""
     why = "not a Sequential that ends in convolution and batch norm"
     if type(module) is nn.Sequential and not parts.touched(module) and len(module) == 2:
-        why = _conv_refusal(module[0], f"{name}.0") or _norm_refusal(module[1], f"{name}.1") or why
+        why = conv_refusal(module[0], f"{name}.0") or norm_refusal(module[1], f"{name}.1") or why
     elif parts.touched(module):
-        why = _touched(module, name)
+        why = watched_reason(module, name)
     return f"{name} stays eager: {why}"
 
 
@@ -150,13 +150,14 @@ def _instance_refusal(module: nn.Module) -> str | None:
     return None
 
 
-def _conv_refusal(conv: nn.Module | None, name: str) -> str | None:
+def conv_refusal(conv: nn.Module | None, name: str) -> str | None:
+    """Why this convolution cannot be part of a fused op, or None when it can."""
     if conv is not None and parametrize.is_parametrized(conv):
         return f"{name} is parametrized"
     if not isinstance(conv, nn.Conv2d) or not parts.is_plain_conv(conv):
         return f"{name} is {_class(conv)}, need nn.Conv2d"
     if parts.touched(conv):
-        return _touched(conv, name)
+        return watched_reason(conv, name)
     if conv.padding_mode != "zeros":
         return f"{name} has padding_mode={conv.padding_mode!r}, need 'zeros'"
     weight = conv.weight
@@ -169,19 +170,21 @@ def _conv_refusal(conv: nn.Module | None, name: str) -> str | None:
     return None
 
 
-def _norm_refusal(norm: nn.Module | None, name: str) -> str | None:
+def norm_refusal(norm: nn.Module | None, name: str) -> str | None:
+    """Why this norm cannot be part of a fused op, or None when it can."""
     if norm is not None and parametrize.is_parametrized(norm):
         return f"{name} is parametrized"
     if norm is None or (type(norm) is not nn.BatchNorm2d and not parts.is_frozen_norm(type(norm))):
         return f"{name} is {_class(norm)}, need nn.BatchNorm2d or FrozenBatchNorm2d"
     if parts.touched(norm):
-        return _touched(norm, name)
+        return watched_reason(norm, name)
     if norm.running_mean is None or norm.running_var is None:
         return f"{name} has no running statistics (track_running_stats=False)"
     return None
 
 
-def _touched(module: nn.Module, name: str) -> str:
+def watched_reason(module: nn.Module, name: str) -> str:
+    """The refusal of a module for which ``parts.touched`` is true."""
     if "forward" in module.__dict__:
         return f"the forward of {name} was replaced on the instance"
     return f"{name} has hooks (weight_norm, spectral_norm and pruning are hooks too)"

@@ -58,6 +58,8 @@ def bypassable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
     """Whether the pair is a plain Conv2d and batch norm that nobody watches."""
     if not isinstance(conv, nn.Conv2d) or not is_plain_conv(conv) or touched(conv) or norm is None or touched(norm):
         return False
+    if type(conv) is not nn.Conv2d and conv._modules.get("norm", norm) not in (None, norm):
+        return False  # it calls a norm of its own before this one
     if conv.padding_mode != "zeros" or (conv.padding == "same" and _same(conv) is None):
         return False
     if type(norm) is nn.BatchNorm2d:
