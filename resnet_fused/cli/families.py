@@ -25,7 +25,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from resnet_fused.cli.common import UserError
-    from resnet_fused.testing.families import FAMILIES, markdown, survey
+    from resnet_fused.testing.families import markdown, survey
+    from resnet_fused.testing.family_models import FAMILIES
 
     wanted = [part.lower() for part in args.families]
     names = [name for name in FAMILIES if not wanted or any(part in name.lower() for part in wanted)]

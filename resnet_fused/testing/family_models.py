@@ -57,9 +57,8 @@ def _torchvision() -> list[Candidate]:
 
 
 def _torchvision_regnet() -> list[Candidate]:
-    sizes = ("x_400mf", "x_800mf", "x_1_6gf", "x_3_2gf", "x_8gf", "x_16gf")
-    sizes += ("y_400mf", "y_800mf", "y_1_6gf", "y_3_2gf", "y_8gf", "y_16gf")
-    return _named("torchvision", *(f"regnet_{size}" for size in sizes))
+    sizes = ("400mf", "800mf", "1_6gf", "3_2gf", "8gf", "16gf")
+    return _named("torchvision", *(f"regnet_{kind}_{size}" for kind in "xy" for size in sizes))
 
 
 def _torchvision_segmentation() -> list[Candidate]:
@@ -69,9 +68,9 @@ def _torchvision_segmentation() -> list[Candidate]:
 
 def _torchvision_detection() -> list[Candidate]:
     """Their backbones with pyramid: what comes after chooses among boxes, which no error budget describes."""
-    names = ("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn")
-    names += ("maskrcnn_resnet50_fpn_v2", "keypointrcnn_resnet50_fpn")
-    names += ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn")
+    names = ["fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn"]
+    names += ["maskrcnn_resnet50_fpn_v2", "keypointrcnn_resnet50_fpn"]
+    names += ["retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn"]
     return _named("torchvision", *names, run=lambda model, x: model.backbone(x), size=128, batch=2)  # type: ignore[operator]
 
 
@@ -87,7 +86,7 @@ def _timm(*modules: str) -> list[Candidate]:
 def _is_small(timm: Any, name: str) -> bool:
     with torch.device("meta"):
         model = timm.create_model(name)
-    return sum(p.numel() for p in model.parameters()) <= MOST_PARAMETERS
+    return sum(int(p.numel()) for p in model.parameters()) <= MOST_PARAMETERS
 
 
 def _huggingface() -> list[Candidate]:
@@ -142,7 +141,8 @@ def _detr() -> list[Candidate]:
 
 def _smp() -> list[Candidate]:
     smp = importlib.import_module("segmentation_models_pytorch")
-    models = [(name, "resnet18", {}) for name in ("Unet", "FPN", "Linknet", "PSPNet", "UnetPlusPlus")]
+    kinds = ("Unet", "FPN", "Linknet", "PSPNet", "UnetPlusPlus")
+    models: list[tuple[str, str, dict[str, Any]]] = [(name, "resnet18", {}) for name in kinds]
     models += [("Unet", name, {}) for name in ("resnet34", "resnet50", "resnext50_32x4d", "se_resnet50")]
     models += [("DeepLabV3", "resnet50", {"encoder_output_stride": 8}), ("DeepLabV3Plus", "resnet34", {})]
     return [

@@ -46,14 +46,14 @@ class FrozenBatchNorm2d(nn.Module):
 
 @_stands_for("detectron2.layers.wrappers")
 class Conv2d(nn.Conv2d):
-    def __init__(self, *args: Any, norm: nn.Module | None = None, activation: Any = None, **options: Any) -> None:
-        super().__init__(*args, bias=False, **options)
+    def __init__(self, *sizes: Any, norm: nn.Module | None = None, activation: Any = None) -> None:
+        super().__init__(*sizes, bias=False)  # type: ignore[misc]
         self.norm, self.activation = norm, activation
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._conv_forward(x, self.weight, self.bias)
         x = x if self.norm is None else self.norm(x)
-        return x if self.activation is None else self.activation(x)  # type: ignore[no-any-return]
+        return x if self.activation is None else self.activation(x)
 
 
 _DETECTRON2 = "detectron2.modeling.backbone.resnet"
@@ -231,11 +231,11 @@ class IBN(nn.Module):
 
     def __init__(self, planes: int) -> None:
         super().__init__()
-        self.half = planes // 2
-        self.IN, self.BN = nn.InstanceNorm2d(self.half, affine=True), nn.BatchNorm2d(planes - self.half)
+        self.first = planes // 2
+        self.IN, self.BN = nn.InstanceNorm2d(self.first, affine=True), nn.BatchNorm2d(planes - self.first)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.IN(x[:, : self.half].contiguous()), self.BN(x[:, self.half :].contiguous())], 1)
+        return torch.cat([self.IN(x[:, : self.first].contiguous()), self.BN(x[:, self.first :].contiguous())], 1)
 
 
 class OptionA(nn.Module):

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: ResNet and RT-DETR's backbone. DETR's other backbones are timm's, under its frozen norms."""
+"""Hugging Face transformers: ResNet and RT-DETR's backbone. DETR's others are timm's, under frozen norms."""
 
 from __future__ import annotations
 

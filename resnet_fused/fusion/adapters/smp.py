@@ -1,4 +1,4 @@
-"""segmentation_models_pytorch: its ResNet encoders, whose blocks are torchvision's with strides patched afterwards, and SENets."""
+"""segmentation_models_pytorch: its ResNet encoders, whose blocks are torchvision's, and its SENets."""
 
 from __future__ import annotations
 
