@@ -41,7 +41,7 @@ class Family:
     models: Callable[[], list[Candidate]]
 
 
-def _named(source: str, *names: str, run: Run = _call, size: int = 64, batch: int = 1) -> list[Candidate]:
+def _named(source: str, *names: str, run: Run = _call, size: int = 64, batch: int = 2) -> list[Candidate]:
     shape = (batch, 3, size, size)
     return [Candidate(f"{source}:{name}", functools.partial(load, f"{source}:{name}"), shape, run) for name in names]
 
