@@ -184,7 +184,7 @@ def photographs(size):
     """Scikit-learn's two photographs, ``[3, size, size·3/2]`` each."""
     from sklearn.datasets import load_sample_images
 
-    images = [torch.from_numpy(np.ascontiguousarray(i)).permute(2, 0, 1).float()[None] / 255
+    images = [torch.from_numpy(np.array(i)).permute(2, 0, 1).float()[None] / 255
               for i in load_sample_images().images]  # fmt: skip
     return [torch.nn.functional.interpolate(i, (size, size * 3 // 2), mode="area")[0] for i in images]
 
@@ -203,23 +203,25 @@ def greedy_nms(boxes, scores, threshold):
 
 @pytest.fixture
 def mask_rcnn(monkeypatch):
-    """Mask R-CNN with random weights that is sure of what it sees, for images of 96 × 144 pixels."""
+    """Mask R-CNN with random weights, for images of 64 × 96 pixels, its first stage frozen."""
     monkeypatch.setattr(torchvision.ops.boxes, "nms", greedy_nms)
     torch.manual_seed(0)
+    stance = torch.compiler.set_stance("force_eager")  # else torchvision compiles its substitute for roi_align
     model = torchvision.models.detection.maskrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=4, min_size=96, max_size=144, trainable_backbone_layers=3,
+        weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=96,
         rpn_post_nms_top_n_test=40, rpn_post_nms_top_n_train=40, rpn_pre_nms_top_n_train=100,
-        rpn_pre_nms_top_n_test=100, box_detections_per_img=10, box_batch_size_per_image=16,
+        rpn_pre_nms_top_n_test=100, box_detections_per_img=10, box_batch_size_per_image=8, box_score_thresh=0.0,
         norm_layer=torchvision.ops.FrozenBatchNorm2d,
     ).eval()  # fmt: skip
-    calibrate(model.backbone.body, torch.stack(photographs(96)), perturb=True)
-    with torch.no_grad():
-        model.roi_heads.box_predictor.cls_score.weight.mul_(30)
-    return model
+    calibrate(model.backbone.body, torch.stack(photographs(64)), perturb=True)
+    for part in (model.backbone.body.conv1, model.backbone.body.layer1):
+        part.requires_grad_(False)
+    with stance:
+        yield model
 
 
 def test_mask_rcnn_detects_what_eager_detects(mask_rcnn):
-    images = photographs(96)
+    images = photographs(64)
     fused = rf.fuse(mask_rcnn)
     assert len(rf.report(fused).fused) == 17 and not rf.report(fused).skipped
     with torch.no_grad():
@@ -236,10 +238,10 @@ def test_mask_rcnn_detects_what_eager_detects(mask_rcnn):
 
 
 def test_a_fine_tuning_step_of_mask_rcnn_gives_eagers_gradients(mask_rcnn):
-    images = photographs(96)
-    boxes = torch.tensor([[10.0, 10.0, 60.0, 70.0], [50.0, 20.0, 130.0, 90.0]])
-    masks = torch.zeros(2, 96, 144, dtype=torch.uint8)
-    masks[0, 10:70, 10:60] = masks[1, 20:90, 50:130] = 1
+    images = photographs(64)[:1]
+    boxes = torch.tensor([[5.0, 10.0, 40.0, 50.0], [30.0, 10.0, 90.0, 60.0]])
+    masks = torch.zeros(2, 64, 96, dtype=torch.uint8)
+    masks[0, 10:50, 5:40] = masks[1, 10:60, 30:90] = 1
 
     def step(model, dtype=torch.float32):
         torch.manual_seed(1)  # of the boxes that are drawn for the losses
@@ -259,7 +261,7 @@ def test_a_fine_tuning_step_of_mask_rcnn_gives_eagers_gradients(mask_rcnn):
         assert_within_budget(fused[name], grad, exact[name], turned[name])
 
 
-def test_deeplabv3_maps(monkeypatch):
+def test_deeplabv3_maps():
     model = load("torchvision:deeplabv3_resnet50")
     x = torch.stack(photographs(64))
     calibrate(model, x, perturb=True)
@@ -268,5 +270,9 @@ def test_deeplabv3_maps(monkeypatch):
         got, expected = fused(x)["out"], model(x)["out"]
         turned = copy.deepcopy(model).to(memory_format=torch.channels_last)(x)["out"]
         exact = model.double()(x.double())["out"]
-    assert torch.equal(got.argmax(1), expected.argmax(1))
     assert_within_budget(got, expected, exact, turned)
+    best, second = exact.topk(2, 1).values.unbind(1)
+    error = max((out.double() - exact).abs().max() for out in (got, expected))
+    clear = best - second > 2 * error  # nowhere else may rounding decide
+    assert clear.double().mean() > 0.95
+    assert torch.equal(got.argmax(1)[clear], expected.argmax(1)[clear])
