@@ -222,7 +222,7 @@ class Trainer:
         with self._autocast():
             loss, scores = self._scores(self.network(x), y, self.recipe.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
@@ -258,8 +258,8 @@ class Trainer:
             sums = torch.stack([self._totals.sum(), *(p.sum().double() for p in parameters)])
         if not bool(torch.isfinite(sums).all()):
             raise TrainingError(
-                f"the loss or the weights are no longer finite in epoch {len(self.history) + 1}, by step {self.step} of "
-                f"{self.steps}; try a lower learning rate or a longer warm-up"
+                f"the loss or the weights are no longer finite in epoch {len(self.history) + 1}, by step "
+                f"{self.step} of {self.steps}; try a lower learning rate or a longer warm-up"
             )
 
     def _train_mode(self) -> None:

@@ -24,7 +24,9 @@ def fit_head(model: nn.Module, classes: int) -> str:
     Raises:
         TrainingError: the model has no linear layer.
     """
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear: list[tuple[str, nn.Linear]] = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    ]
     if not linear or not linear[-1][0]:
         raise TrainingError(f"{type(model).__name__} has no linear layer that could be its classifier")
     name, head = linear[-1]
