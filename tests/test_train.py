@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import resnet_fused as rf
@@ -21,11 +22,7 @@ from resnet_fused.testing.torchvision_compat import import_torchvision
 from resnet_fused.training import CheckpointError, checkpoint, transfer
 from resnet_fused.training import loop as training_loop
 
-pytest.importorskip("safetensors")
-pytest.importorskip("sklearn")
 import_torchvision()
-
-from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--epochs", "2", "--batch", "4", "--size", "8", "--device", "cpu", "--workers", "0", "--deterministic")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -11,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from resnet_fused.testing.eager import eager_copy
 from resnet_fused.training import Data, DataError, Recipe, Trainer, World, checkpoint, digits, image_folder, transfer
 from resnet_fused.training.final import Final, compare
 from resnet_fused.training.loop import AMP, logits_of
+from resnet_fused.training.switches import determinism
 from resnet_fused.training.world import connected, launched
 
 DIGITS = "digits"
@@ -59,17 +61,13 @@ def add_parser(commands: Any) -> None:
     add("--momentum", type=number(0, 1), default=default.momentum, help="Nesterov's (default %(default)s)")
     add("--weight-decay", type=number(0), default=default.weight_decay, help="(default %(default)s)")
     add("--label-smoothing", type=number(0, 1), default=default.label_smoothing, help="(default %(default)s)")
-    add(
-        "--amp", choices=("auto", *AMP), default="auto", help="autocast (default: bf16 on GPUs that have it, else none)"
-    )
+    add("--amp", choices=("auto", *AMP), default="auto", help="autocast (auto: bf16 on GPUs that have it)")
     add("--val-fraction", type=number(0, 1), default=0.2, help="held out of each class without val/ (%(default)s)")
     add("--no-augment", action="store_true", help="feed the images as they are")
     add("--seed", type=seed, default=0, help="of weights, order, split and augmentation (default %(default)s)")
     start = parser.add_argument_group("transfer of weights")
     add = start.add_argument
-    add(
-        "--init", type=Path, metavar="FILE", help="begin with these weights: safetensors, or a state_dict by torch.save"
-    )
+    add("--init", type=Path, metavar="FILE", help="begin with these weights: safetensors, or what torch.save wrote")
     add("--freeze-until", metavar="PART", help="leave all that comes before this part as it is: layer3")
     how = parser.add_argument_group("execution")
     add = how.add_argument
@@ -78,7 +76,7 @@ def add_parser(commands: Any) -> None:
     add("--deterministic", action="store_true", help="deterministic kernels only: the same weights at every run")
     add("--workers", type=int, help="processes that load images (default: 0 for digits, up to 8 for a folder)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: CUDA where there is one)")
-    add_json_option(how)  # type: ignore[arg-type]
+    add_json_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -139,7 +137,7 @@ def train(args: argparse.Namespace, recipe: Recipe, world: World, device: torch.
     if args.init is not None and resumed is None:
         loaded = transfer.load_weights(model, args.init, head)
         out.print(f"weights of {args.init}" + ("" if loaded else f", but {head}, which is new"), markup=False)
-    network = prepare(model.to(device), args)
+    network = prepare(model, args).to(device)
     probe(network, (2, channels, size, size), len(data.classes), device)
     trainer = Trainer(
         network,
@@ -163,12 +161,10 @@ def train(args: argparse.Namespace, recipe: Recipe, world: World, device: torch.
         trainer.restore(saved, str(path))
         out.print(f"going on from {path}, after step {trainer.step}", markup=False)
     learn(trainer, args, out)
-    model = models.load(args.model)
-    transfer.fit_head(model, len(data.classes))
     model.load_state_dict(network.state_dict())
     if world.first:
-        facts = {"model": args.model, "size": str(size), "classes": json.dumps(data.classes)}
-        checkpoint.write(args.out / WEIGHTS, checkpoint.packed(model.state_dict()), facts)
+        facts = json.dumps({"model": args.model, "size": size, "classes": data.classes})
+        checkpoint.write(args.out / WEIGHTS, checkpoint.packed(model.state_dict()), {"resnet_fused": facts})
     final = compare(trainer, model.to(device).eval())
     if world.first:
         tell(args, trainer, final, out, time.perf_counter() - begun)
@@ -224,9 +220,9 @@ def open_folder(folder: Path, resume: bool, world: World) -> tuple[Path, checkpo
 
 
 def prepare(model: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """The model as it is trained: eager or fused, in channels_last, with SyncBatchNorm when asked for."""
+    """A copy of the model as it is trained: eager or fused, in channels_last, with SyncBatchNorm when asked for."""
     if args.sync_batchnorm:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     model = eager_copy(model) if args.eager else resnet_fused.fuse(model)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
@@ -310,25 +306,3 @@ def tell(args: argparse.Namespace, trainer: Trainer, final: Final, out: Console,
     if not final.verdict.ok:
         out.print(f"FAILED: {final.verdict.to_dict()}", style="bold red", markup=False)
     out.print(f"{weights}: the weights", markup=False)
-
-
-@contextlib.contextmanager
-def determinism(wanted: bool) -> Iterator[None]:
-    """Deterministic kernels alone while the body runs, when ``wanted``; else cuDNN may try which is fastest."""
-    fill: Any = torch.utils.deterministic
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        fill.fill_uninitialized_memory,
-        torch.backends.cudnn.benchmark,
-    )
-    torch.backends.cudnn.benchmark = not wanted
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        fill.fill_uninitialized_memory = False
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        fill.fill_uninitialized_memory, torch.backends.cudnn.benchmark = before[2:]

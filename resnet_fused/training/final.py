@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +11,7 @@ import resnet_fused
 from resnet_fused.testing.compare import Verdict, check
 from resnet_fused.testing.eager import eager_copy
 from resnet_fused.training.loop import Trainer, logits_of
+from resnet_fused.training.switches import full_float32
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,3 @@ def compare(trainer: Trainer, model: nn.Module) -> Final:
         len(resnet_fused.report(fused).fused),
         next((v for v in verdicts if not v.ok), verdicts[0]),
     )
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Convolutions and products without TF32."""
-    cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cudnn, matmul

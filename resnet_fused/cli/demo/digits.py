@@ -15,7 +15,7 @@ from resnet_fused.cli.common import steps
 from resnet_fused.testing.compare import check
 from resnet_fused.training import Data, Recipe, Trainer
 from resnet_fused.training.data import TensorImages, digits
-from resnet_fused.training.final import full_float32
+from resnet_fused.training.switches import full_float32
 
 LEAST_ACCURACY = 0.97
 
