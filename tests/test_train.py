@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
 import resnet_fused as rf
 from resnet_fused.cli import main
+from resnet_fused.cli import train as train_command
 from resnet_fused.testing.torchvision_compat import import_torchvision
 from resnet_fused.training import CheckpointError, checkpoint, transfer
 from resnet_fused.training import loop as training_loop
@@ -144,7 +147,7 @@ def test_kill_9_in_the_middle(folder, unbroken, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["writing", "before the new name", "before the old ones go"])
-def test_killed_while_saving(moment, folder, unbroken, tmp_path, monkeypatch):
+def test_killed_while_saving(moment, folder, unbroken, tmp_path, monkeypatch, capsys):
     saved = []
     if moment == "writing":
         import safetensors.torch as target
@@ -170,6 +173,7 @@ def test_killed_while_saving(moment, folder, unbroken, tmp_path, monkeypatch):
         train(folder, tmp_path, "--checkpoint-every", 2)
     monkeypatch.setattr(target, name, real)
     assert train(folder, tmp_path, "--checkpoint-every", 2, "--resume") == 0
+    assert capsys.readouterr().err == ""  # no checkpoint was damaged
     assert same_weights(tmp_path, unbroken)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoint-00000010.safetensors", "checkpoint-00000012.safetensors", "model.safetensors"]
@@ -366,6 +370,29 @@ def test_what_cannot_be_done_is_told_in_one_line(options, told, folder, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_terminal_sees_a_bar_and_a_line_per_epoch(folder, tmp_path, monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(train_command, "console", lambda quiet: screen)
+    assert train(folder, tmp_path) == 0
+    shown = screen.file.getvalue()
+    assert "12/12" in shown and "epoch 2/2: loss" in shown
+
+
+def test_a_wrong_fused_model_turns_it_red(folder, tmp_path, monkeypatch, capsys):
+    fuse = rf.fuse
+
+    def wrong(model):
+        fused = fuse(model)
+        if not model.training:  # the trained one
+            fused.fc.bias.data += torch.tensor([9.0, 0.0, 0.0])
+        return fused
+
+    monkeypatch.setattr(rf, "fuse", wrong)
+    assert train(folder, tmp_path) == 1
+    out = capsys.readouterr().out
+    assert "predictions equal to eager's: 2 of 6" in out and "FAILED" in out
+
+
 def test_a_model_without_a_classifier(folder, tmp_path, capsys):
     assert main(["train", f"{__name__}:headless", str(folder), *SMALL, "--out", str(tmp_path)]) == 2
     assert "has no linear layer" in capsys.readouterr().err
@@ -376,13 +403,7 @@ def test_two_processes_train_what_one_does(folder, tmp_path, capsys):
     options = ("--freeze-until", "fc", "--no-augment")
     plain = f"{__name__}:without_dropout"
     arguments = ("train", plain, folder, *SMALL, *options)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = subprocess.run(
-        command(*arguments, "--batch", 2, "--json", "--out", tmp_path / "two", launcher=launcher),
-        env=environment(), capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)  # the first process alone prints
+    facts = in_two_processes(*arguments, "--batch", 2, "--out", tmp_path / "two")
     assert (facts["processes"], facts["tested_on"], facts["equal_predictions"]) == (2, 6, 6)
     assert main([*map(str, arguments), "--json", "--out", str(tmp_path / "one")]) == 0
     single = json.loads(capsys.readouterr().out)
@@ -391,10 +412,29 @@ def test_two_processes_train_what_one_does(folder, tmp_path, capsys):
         torch.testing.assert_close(two[name], value)
     for ours, theirs in zip(facts["epochs"], single["epochs"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-    assert {name for name in load_file(checkpoint.path_of(tmp_path / "two", 12)) if name.startswith("rng.")} == {
-        "rng.0.cpu",
-        "rng.1.cpu",
-    }
+
+
+def test_two_processes_go_on_bit_for_bit(folder, tmp_path):
+    """As after a kill between steps 10 and 12; each process has a random generator of its own for dropout."""
+    arguments = ("train", MODEL, folder, *SMALL, "--batch", 2, "--checkpoint-every", 5, "--out", tmp_path)
+    in_two_processes(*arguments)
+    whole = {path: path.read_bytes() for path in tmp_path.glob("*00012.safetensors")}
+    whole[tmp_path / "model.safetensors"] = (tmp_path / "model.safetensors").read_bytes()
+    for path in whole:
+        path.unlink()
+    assert [step for step, _ in checkpoint.found(tmp_path)] == [10]
+    in_two_processes(*arguments, "--resume")
+    assert (tmp_path / "model.safetensors").read_bytes() == whole[tmp_path / "model.safetensors"]
+    assert load_file(checkpoint.path_of(tmp_path, 12)).keys() >= {"rng.0.cpu", "rng.1.cpu"}
+
+
+def in_two_processes(*arguments: object) -> dict:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        command(*arguments, "--json", launcher=launcher), env=environment(), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # the first process alone prints
 
 
 def without_dropout() -> nn.Module:
