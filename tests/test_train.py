@@ -371,7 +371,7 @@ def test_what_cannot_be_done_is_told_in_one_line(options, told, folder, tmp_path
 
 
 def test_a_terminal_sees_a_bar_and_a_line_per_epoch(folder, tmp_path, monkeypatch):
-    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    screen = Console(file=io.StringIO(), force_terminal=True, highlight=False, width=120)
     monkeypatch.setattr(train_command, "console", lambda quiet: screen)
     assert train(folder, tmp_path) == 0
     shown = screen.file.getvalue()
@@ -379,13 +379,13 @@ def test_a_terminal_sees_a_bar_and_a_line_per_epoch(folder, tmp_path, monkeypatc
 
 
 def test_a_wrong_fused_model_turns_it_red(folder, tmp_path, monkeypatch, capsys):
-    fuse = rf.fuse
+    fuse, calls = rf.fuse, []
 
     def wrong(model):
-        fused = fuse(model)
-        if not model.training:  # the trained one
-            fused.fc.bias.data += torch.tensor([9.0, 0.0, 0.0])
-        return fused
+        calls.append(fuse(model))
+        if len(calls) == 2:  # the trained one
+            calls[-1].fc.bias.data += torch.tensor([99.0, 0.0, 0.0])
+        return calls[-1]
 
     monkeypatch.setattr(rf, "fuse", wrong)
     assert train(folder, tmp_path) == 1
