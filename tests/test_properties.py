@@ -62,7 +62,7 @@ class Problem:
         x, vectors = self.x, str(self.mean.dtype).removeprefix("torch.")
         return (
             f"{x.dtype} n={self.n} x={tuple(x.shape)} w={tuple(self.weight.shape)} {self.geometry} {self.act} "
-            f"{' '.join(given)} eps={self.eps} layouts={self.layouts} vectors={vectors} largest={x.abs().max():.3g}"
+            f"{' '.join(given)} eps={self.eps} layouts={self.layouts} vectors={vectors} special={not x.isfinite().all()}"
         )
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -151,6 +151,13 @@ def problems(draw: Any, dtypes: tuple[torch.dtype, ...], specials: bool = True) 
     height, width = (low + number(0, 8) for low in least)
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     per_group, k = number(1, 12), groups * number(1, 12)
+    if dtype.itemsize == 2 and DEVICE == "cpu":
+        # oneDNN, hence eager too, reads beyond the image in half precision where a window lies wholly in the padding,
+        # and beside a column of depthwise outputs whose strides differ.
+        beyond = not isinstance(padding, str) and any(
+            p >= d * (r - 1) + 1 for p, d, r in zip(padding, dilation, kernel, strict=True)
+        )
+        hypothesis.assume(not beyond and not (per_group == 1 and groups > 1 and stride[0] != stride[1]))
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     weight = normal(k, per_group, *kernel) / math.sqrt(per_group * kernel[0] * kernel[1])
     shape = (groups * per_group, height, width)
@@ -184,11 +191,19 @@ def problems(draw: Any, dtypes: tuple[torch.dtype, ...], specials: bool = True) 
 
 
 def eagers(p: Problem, exact: Tensor) -> list[Tensor]:
-    """Eager's results in both memory formats and by oneDNN; where NaN comes of an infinity that no pixel meets with
-    zero, or leaks into its neighbours, as in bfloat16 on a CPU, also as they are without that."""
-    found = [p.map(lambda t, f=f: in_format(t, f)).eager() for f in FORMATS]
+    """Eager's results in both memory formats and by oneDNN, all images at a time and the problem's own alone.
+
+    Where NaN comes of an infinity that no pixel meets with zero, or leaks into its neighbours, as in bfloat16 on a CPU,
+    also as they are without that.
+    """
+    ways = [(f, False) for f in FORMATS]
     if DEVICE == "cpu" and onednn._refused_dtype(p.x.dtype) is None and not isinstance(p.geometry["padding"], str):
-        found.append(p.map(lambda t: in_format(t, torch.channels_last)).eager(by_onednn=True))
+        ways.append((torch.channels_last, True))
+    found = []
+    for memory_format, by_onednn in ways:
+        both = (p, p.own()) if p.n else (p,)  # aten::mkldnn_convolution itself crashes on an empty batch
+        whole, *own = (q.map(lambda t, f=memory_format: in_format(t, f)).eager(by_onednn) for q in both)
+        found += [whole, torch.cat([*own, whole[p.n :]])]
     leaks = [(torch.isfinite(y) != torch.isfinite(exact)) | (y.isnan() != exact.isnan()) for y in found]
     return found + [torch.where(at, exact.to(y.dtype), y) for y, at in zip(found, leaks, strict=True) if at.any()]
 
