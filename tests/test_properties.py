@@ -62,7 +62,8 @@ class Problem:
         x, vectors = self.x, str(self.mean.dtype).removeprefix("torch.")
         return (
             f"{x.dtype} n={self.n} x={tuple(x.shape)} w={tuple(self.weight.shape)} {self.geometry} {self.act} "
-            f"{' '.join(given)} eps={self.eps} layouts={self.layouts} vectors={vectors} special={not x.isfinite().all()}"
+            f"{' '.join(given)} eps={self.eps} layouts={self.layouts} vectors={vectors} "
+            f"special={not x.isfinite().all()}"
         )
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
