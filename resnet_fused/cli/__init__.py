@@ -1,4 +1,4 @@
-"""The command line ``resnet-fused``: ``info``, ``check``, ``bench``, ``train``, ``demo``; one module each."""
+"""The command line ``resnet-fused``: ``info``, ``check``, ``bench``, ``train``, ``families``, ``demo``; one module each."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import resnet_fused
-from resnet_fused.cli import bench, check, demo, info, train
+from resnet_fused.cli import bench, check, demo, families, info, train
 from resnet_fused.cli.common import UserError
 
-COMMANDS = (info, check, bench, train, demo)
+COMMANDS = (info, check, bench, train, families, demo)
 
 
 class _Parser(argparse.ArgumentParser):
