@@ -1,4 +1,4 @@
-"""The command line ``resnet-fused``: ``info``, ``check``, ``bench``, ``train``, ``families``, ``demo``; one module each."""
+"""The command line ``resnet-fused``, one module per command."""
 
 from __future__ import annotations
 
