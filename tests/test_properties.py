@@ -1,6 +1,6 @@
 """Properties of conv_bn_act and add_relu on random problems, for every backend that runs here.
 
-HYPOTHESIS_PROFILE=nightly takes twenty times as many. ``library/compiled_properties.py`` runs the same properties
+HYPOTHESIS_PROFILE=nightly takes twenty times as many problems. ``library/compiled_properties.py`` runs the same properties
 on the compiled library's own ops.
 """
 
@@ -242,7 +242,7 @@ def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@hypothesis.settings(max_examples=10 * PROBLEMS)
+@hypothesis.settings(max_examples=6 * PROBLEMS)
 @given(data=st.data())
 def test_conv_bn_act_is_eager(backend: str, data: st.DataObject) -> None:
     check_conv(data.draw(problems(dtypes_of(backend))), backend)
@@ -260,7 +260,7 @@ def test_onednn_refuses_a_window_in_the_padding() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@hypothesis.settings(max_examples=5 * PROBLEMS)
+@hypothesis.settings(max_examples=3 * PROBLEMS)
 @given(p=problems((torch.float32, torch.bfloat16), specials=False))
 def test_an_image_does_not_depend_on_its_neighbours(backend: str, p: Problem) -> None:
     """What stands in the other images of a batch, NaN too, changes nothing in this one beyond the budget."""
@@ -272,7 +272,7 @@ def test_an_image_does_not_depend_on_its_neighbours(backend: str, p: Problem) ->
     assert_right(out[:1], p, 1)
 
 
-@hypothesis.settings(max_examples=5 * PROBLEMS)
+@hypothesis.settings(max_examples=3 * PROBLEMS)
 @given(p=problems((torch.float64,), specials=False))
 def test_gradients_of_conv_bn_act_are_eagers(p: Problem) -> None:
     p = p.own()
@@ -307,7 +307,7 @@ def addends(draw: Any, dtypes: tuple[torch.dtype, ...]) -> tuple[Tensor, Tensor]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@hypothesis.settings(max_examples=10 * PROBLEMS)
+@hypothesis.settings(max_examples=6 * PROBLEMS)
 @given(data=st.data())
 def test_add_relu_is_eager(backend: str, data: st.DataObject) -> None:
     a, b = data.draw(addends(dtypes_of(backend)))
