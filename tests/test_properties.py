@@ -1,7 +1,7 @@
 """Properties of conv_bn_act and add_relu on random problems, for every backend that runs here.
 
-HYPOTHESIS_PROFILE=nightly takes twenty times as many problems. ``library/compiled_properties.py`` runs the same properties
-on the compiled library's own ops.
+HYPOTHESIS_PROFILE=nightly takes twenty times as many. ``library/compiled_properties.py`` runs those of conv_bn_act on
+the compiled library's own ops.
 """
 
 from __future__ import annotations
