@@ -36,10 +36,22 @@ bool by_onednn(const Tensor& x, const std::string& backend, const char* op) {
   return able && backend != "reference" && x.numel() > 0;
 }
 
+// Some output sees nothing but padding: oneDNN then writes beyond its memory.
+bool window_in_padding(const ConvBN& conv) {
+  for (int i = 0; i < 2; ++i) {
+    if (conv.padding[i] > conv.dilation[i] * (conv.weight.size(2 + i) - 1)) return true;
+  }
+  return false;
+}
+
 Tensor convolve(const Tensor& x, const ConvBN& conv, const OptionalTensor& residual, bool relu,
                 const std::string& backend) {
   if (x.is_cpu()) {
     if (!by_onednn(x, backend, "conv_bn_act")) return reference(x, conv, residual, relu);
+    if (window_in_padding(conv)) {
+      STD_TORCH_CHECK(backend != "onednn", "conv_bn_act: backend='onednn': padding is as wide as the filter");
+      return reference(x, conv, residual, relu);
+    }
     return onednn::run(x, conv, residual, relu);
   }
   check_backend(backend, "cuda", "conv_bn_act");

@@ -113,6 +113,15 @@ def test_compiled_ops(library: str) -> None:
     assert done.stdout.split() == ["conv_bn_act", "specials", "blocks", "refusals"]
 
 
+def test_compiled_ops_on_random_problems(library: str) -> None:
+    """The properties of test_properties.py on the library's own ops: see library/compiled_properties.py."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "compiled_properties.py"), library], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["conv_bn_act"]
+
+
 def test_a_program_without_python_runs_an_exported_model(library: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = randomise_norms(rf.resnet18(num_classes=10)).eval()
