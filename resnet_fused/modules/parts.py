@@ -12,8 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 
+from resnet_fused.ops.batch_norm_act import api as batch_norm_act
+from resnet_fused.ops.batch_norm_act.call import BatchNormCall
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.convbn import ConvBN
+from resnet_fused.ops.residual_block import RECOMPUTE, ConvNorm
+
+# With the batch's statistics in training mode. SyncBatchNorm's are those of all processes, so there it is called itself.
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 # Classes that normalise with given statistics, in training mode too: buffers weight, bias, running_mean, running_var
 # and an attribute eps. Known by name, so that their packages need not be installed.
@@ -52,7 +58,7 @@ def bypassable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
         return False
     if conv.padding_mode != "zeros" or (conv.padding == "same" and _same(conv) is None):
         return False
-    if type(norm) is nn.BatchNorm2d:
+    if type(norm) in BATCH_NORMS:
         return True
     # Under autocast a FrozenBatchNorm2d widens to its own dtype, which the ops do not.
     return is_frozen_norm(type(norm)) and not torch.is_autocast_enabled(conv.weight.device.type)
@@ -65,7 +71,7 @@ def plain_relu(act: nn.Module) -> bool:
 
 def read(conv: nn.Conv2d, norm: nn.Module) -> ConvBN | None:
     """A bypassable pair as data, or None when its norm is to use the batch's statistics."""
-    if type(norm) is nn.BatchNorm2d and norm.training:
+    if type(norm) in BATCH_NORMS and norm.training:
         return None
     return with_statistics(conv, norm)
 
@@ -74,10 +80,8 @@ def with_statistics(conv: nn.Conv2d, norm: nn.Module) -> ConvBN | None:
     """A bypassable pair as data with the norm's running statistics, or None when it has none."""
     weights: dict[str, Any] = conv._parameters
     buffers: dict[str, Any] = norm._buffers
-    vectors: dict[str, Any] = norm._parameters if type(norm) is nn.BatchNorm2d else buffers
-    padding: Any = conv.padding
-    if isinstance(padding, str):
-        padding = (_same(conv) or (0, 0)) if padding == "same" else (0, 0)
+    vectors: dict[str, Any] = norm._parameters if type(norm) in BATCH_NORMS else buffers
+    padding = _padding(conv)
     mean, var = buffers["running_mean"], buffers["running_var"]
     if mean is None or var is None:
         return None
@@ -93,21 +97,74 @@ def step(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: str, residual: Tensor
     """A bypassable pair with its residual and ReLU: one op if it may, else a :func:`batch_statistics_step`."""
     pair = read(conv, norm)
     if pair is None:
-        return batch_statistics_step(x, conv, norm, act, residual)
+        return batch_statistics_step(x, conv, norm, act, residual, backend)
     return conv_bn_act.call_op(x, pair, residual, act, backend)
 
 
-def batch_statistics_step(x: Tensor, conv: nn.Module, norm: nn.Module, act: str, residual: Tensor | None) -> Tensor:
-    """A bypassable pair in training mode: convolution, batch norm with the batch's statistics, residual, ReLU."""
-    y: Tensor = norm(conv(x))
+def batch_statistics_step(
+    x: Tensor, conv: nn.Module, norm: nn.Module, act: str, residual: Tensor | None, backend: str
+) -> Tensor:
+    """A bypassable pair with the batch's statistics: the convolution, then batch norm, residual and ReLU as one op."""
+    y: Tensor = conv(x)
+    if type(norm) is not nn.BatchNorm2d:
+        y = norm(y)
+        if residual is not None:
+            y += residual
+        return torch.relu_(y) if act == "relu" else y
+    if y.dim() != 4 or (residual is not None and residual.shape != y.shape):  # unbatched: nn.BatchNorm2d says it
+        y = norm(y)
+        y = y if residual is None else y + residual
+        return torch.relu_(y) if act == "relu" else y
     if residual is not None:
-        y += residual
-    return torch.relu_(y) if act == "relu" else y
+        residual = residual.to(y.dtype)  # as eager's sum in place
+    return batch_norm_act.call_op(norm_call(y, norm, act, residual), training_backend(backend))
+
+
+def norm_call(x: Tensor, norm: Any, act: str, residual: Tensor | None) -> BatchNormCall:
+    """What a batch norm would do to x at this moment, by nn.BatchNorm2d's own rules."""
+    mean, var = norm.running_mean, norm.running_var
+    training: bool = (norm.training and type(norm) in BATCH_NORMS) or mean is None
+    momentum, count = (norm.momentum, norm.num_batches_tracked) if training else (0.0, None)
+    if training and not (norm.training and norm.track_running_stats):
+        mean = var = count = None
+    if momentum is None and count is None:
+        momentum = 0.0
+    return BatchNormCall(x, norm.weight, norm.bias, mean, var, count, residual, training, momentum, norm.eps, act)
+
+
+def conv_norm(conv: nn.Conv2d, norm: nn.Module) -> ConvNorm | None:
+    """A bypassable pair as data, in whichever mode its norm is; None where the norm asks other processes."""
+    if type(norm) is nn.SyncBatchNorm and norm.training:
+        return None
+    call = norm_call(conv.weight, norm, "none", None)
+    return ConvNorm(
+        conv.weight, conv.bias, call.weight, call.bias, call.running_mean, call.running_var, call.num_batches_tracked,
+        call.training, call.momentum, call.eps, conv.stride, _padding(conv), conv.dilation, conv.groups,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def check_recompute(recompute: str | None) -> str | None:
+    """Return ``recompute``; ValueError when it is not a choice."""
+    if recompute is not None and recompute not in RECOMPUTE:
+        raise ValueError(f"recompute: got {recompute!r}, need None, {' or '.join(map(repr, RECOMPUTE))}")
+    return recompute
+
+
+def training_backend(backend: str) -> str:
+    """``backend`` where it has a batch_norm_act, else "auto": some compute inference alone."""
+    return backend if backend in batch_norm_act.BACKENDS else "auto"
 
 
 def symmetric(conv: nn.Conv2d) -> bool:
     """Whether padding="same" is as much on each side."""
     return _same(conv) is not None
+
+
+def _padding(conv: nn.Conv2d) -> Any:
+    """The padding as a pair."""
+    if isinstance(conv.padding, str):
+        return (_same(conv) or (0, 0)) if conv.padding == "same" else (0, 0)
+    return conv.padding
 
 
 def _same(conv: nn.Conv2d) -> tuple[int, int] | None:
