@@ -8,11 +8,12 @@ BIN := $(VENV)/bin
 # Every install is bound by constraints.txt, so that no dependency brings another torch.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test ext lint bench clean
 
 help:
 	@echo "make demo    train, fuse, compare and time on real images; a chart and figures in $(OUT)/"
 	@echo "make test    the test suite"
+	@echo "make ext     the compiled library, in place (make test does it too)"
 	@echo "make lint    ruff (lint and format) and mypy"
 	@echo "make bench   time $(MODEL), eager beside fused; MODEL=timm:resnet50 for another"
 	@echo "make clean   remove $(VENV), $(OUT)/ and what the tools left"
@@ -20,8 +21,12 @@ help:
 demo: $(VENV)/.bench
 	$(BIN)/resnet-fused demo --out $(OUT)
 
-test: $(VENV)/.dev
+test: ext
 	$(BIN)/python -m pytest
+
+# What has not changed is not compiled again; without nvcc or a compiler one line says so. MAX_JOBS bounds the jobs.
+ext: $(VENV)/.dev
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -33,6 +38,7 @@ bench: $(VENV)/.bench
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f resnet_fused/*.so
 	find resnet_fused tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.torch: constraints.txt
@@ -42,6 +48,6 @@ $(VENV)/.torch: constraints.txt
 	$(PIP_INSTALL) setuptools wheel torch
 	@touch $@
 
-$(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py
-	$(PIP_INSTALL) --no-build-isolation -e '.[$*]'
+$(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py build_ext.py
+	RESNET_FUSED_CUDA=0 $(PIP_INSTALL) --no-build-isolation -e '.[$*]'
 	@touch $@

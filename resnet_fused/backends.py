@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from resnet_fused import extension
+
 logger = logging.getLogger("resnet_fused")
 
 
@@ -29,6 +31,7 @@ class Backend(str, enum.Enum):
     ONEDNN = "onednn"
     CUDNN = "cudnn"
     TRITON = "triton"
+    CUDA = "cuda"
 
     def __str__(self) -> str:
         return self.value
@@ -77,6 +80,12 @@ def unavailable(backend: str) -> str | None:
             if not torch.cuda.is_available() and not interpreting():
                 return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
             return None
+        case Backend.CUDA:
+            if not torch.cuda.is_available():
+                return "no CUDA device"
+            if torch.version.hip is not None:
+                return "its kernels are written for NVIDIA devices"
+            return extension.missing(cuda=True)
 
 
 def available() -> dict[str, str | None]:

@@ -77,7 +77,7 @@ def test_onednn_is_within_the_budget(case: ConvCase, dtype: torch.dtype, channel
     assert_right(call, "onednn")
 
 
-@pytest.mark.parametrize("backend", ["auto", "cudnn", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "cudnn", "triton", "cuda"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONV_CASES + RESNET_CASES, ids=ConvCase.id)
 def test_cuda_backends_are_within_the_budget(case: ConvCase, dtype: torch.dtype, backend: str) -> None:

@@ -32,3 +32,10 @@
   RF_CONV_HALF(X, bf16)    \
   RF_CONV_HALF(X, fp16)    \
   RF_CONV_FP32(X)
+
+// The parts that are compiled apart, in parallel: X(name, element type, element, precision).
+#define RF_CONV_PARTS(X)                                  \
+  X(bf16, bf16, Element::kBF16, Precision::kTensorCore)   \
+  X(fp16, fp16, Element::kFP16, Precision::kTensorCore)   \
+  X(tf32, float, Element::kFP32, Precision::kTensorCore)  \
+  X(ieee, float, Element::kFP32, Precision::kIeee)

@@ -14,28 +14,31 @@ RF_CONV_KERNELS(RF_CONV_TILE)
 #undef RF_CONV_TILE
 
 // Calls launcher(kernel, grid_x, grid_z, threads, shared_bytes, args) once, or twice when the plan splits. On a GPU the
-// launcher raises the kernel's shared memory limit above 48 KiB with cudaFuncSetAttribute and launches on its stream.
-template <class Launcher>
-void run(const Plan& plan, Launcher&& launcher) {
+// launcher is common/launch.cuh's. Only the kernels of this element and precision are compiled: the parts of run().
+template <class T, Element E, Precision P, class Launcher>
+void run_part(const Plan& plan, Launcher&& launcher) {
   switch (plan.kernel) {
-#define RF_CONV_LAUNCH(name, ...)                                                                              \
-  case Kernel::k_##name:                                                                                       \
-    launcher(&conv_kernel<tile_##name>, plan.grid_x, plan.grid_z, plan.threads, plan.shared_bytes, plan.args); \
+#define RF_CONV_LAUNCH(name, ...)                                                                                \
+  case Kernel::k_##name:                                                                                         \
+    if constexpr (info(Kernel::k_##name).element == E && info(Kernel::k_##name).precision == P) {                \
+      launcher(&conv_kernel<tile_##name>, plan.grid_x, plan.grid_z, plan.threads, plan.shared_bytes, plan.args); \
+    }                                                                                                            \
     break;
     RF_CONV_KERNELS(RF_CONV_LAUNCH)
 #undef RF_CONV_LAUNCH
     case Kernel::kCount:
       return;
   }
-  if (plan.args.splits == 1) return;
-  switch (info(plan.kernel).element) {
-    case Element::kBF16:
-      return launcher(&reduce_kernel<bf16>, plan.reduce_grid, 1u, kReduceThreads + 0u, 0u, plan.args);
-    case Element::kFP16:
-      return launcher(&reduce_kernel<fp16>, plan.reduce_grid, 1u, kReduceThreads + 0u, 0u, plan.args);
-    case Element::kFP32:
-      return launcher(&reduce_kernel<float>, plan.reduce_grid, 1u, kReduceThreads + 0u, 0u, plan.args);
-  }
+  if (plan.args.splits > 1) launcher(&reduce_kernel<T>, plan.reduce_grid, 1u, kReduceThreads + 0u, 0u, plan.args);
+}
+
+template <class Launcher>
+void run(const Plan& plan, Launcher&& launcher) {
+  if (plan.kernel == Kernel::kCount) return;
+#define RF_CONV_RUN(name, T, E, P) \
+  if (info(plan.kernel).element == E && info(plan.kernel).precision == P) run_part<T, E, P>(plan, launcher);
+  RF_CONV_PARTS(RF_CONV_RUN)
+#undef RF_CONV_RUN
 }
 
 }  // namespace rf::conv

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "conv_bn_act/args.h"
 #include "conv_bn_act/instances.h"
@@ -83,7 +84,39 @@ struct Choice {
   int splits = 0;
 };
 
+// The kernel of this name, or kCount.
+inline Kernel kernel_named(const char* name) {
+  for (int i = 0; i < kKernelCount; ++i) {
+    if (std::strcmp(name, detail::kKernels[i].name) == 0) return static_cast<Kernel>(i);
+  }
+  return Kernel::kCount;
+}
+
 inline bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// Sets what the sizes say: x [N, C, H, W], weight [K, C/groups, R, S], the pairs (height, width). Null, or a refusal.
+inline const char* set_sizes(Args& a, const int64_t* x, const int64_t* weight, const int64_t* stride,
+                             const int64_t* padding, const int64_t* dilation, int64_t groups) {
+  constexpr int64_t kHalfRange = int64_t{1} << 30;
+  for (const int64_t value : {x[1], x[2], x[3], weight[0], weight[2], weight[3], stride[0], stride[1], padding[0],
+                              padding[1], dilation[0], dilation[1], groups}) {
+    if (value < 0 || value >= kHalfRange) return "a size is negative, or 2^30 or more";
+  }
+  if (stride[0] < 1 || stride[1] < 1) return "stride is less than 1";
+  const auto out = [&](int i) {
+    const int64_t room = x[2 + i] + 2 * padding[i] - dilation[i] * (weight[2 + i] - 1) - 1;
+    return static_cast<int>(room < 0 ? 0 : room / stride[i] + 1);
+  };
+  const auto narrow = [](int64_t value) { return static_cast<int>(value); };
+  a.n = x[0], a.c = narrow(x[1]), a.h = narrow(x[2]), a.w = narrow(x[3]);
+  a.k = narrow(weight[0]), a.r = narrow(weight[2]), a.s = narrow(weight[3]);
+  a.p = out(0), a.q = out(1);
+  a.stride_h = narrow(stride[0]), a.stride_w = narrow(stride[1]);
+  a.pad_h = narrow(padding[0]), a.pad_w = narrow(padding[1]);
+  a.dilation_h = narrow(dilation[0]), a.dilation_w = narrow(dilation[1]);
+  a.groups = narrow(groups);
+  return nullptr;
+}
 
 // Null, or why no kernel here may be given this problem.
 inline const char* refusal(const Args& a, Element element) {

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 import resnet_fused
-from resnet_fused import backends
+from resnet_fused import backends, extension
 from resnet_fused.cli.common import add_json_option, console, print_json
 
 
@@ -40,6 +40,7 @@ def gather() -> dict[str, Any]:
         },
         "devices": [_device(i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)],
         "backends": backends.available(),
+        "library": _library(),
     }
 
 
@@ -66,7 +67,34 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in facts["backends"].items():
         table.add_row(name, "no" if reason else "yes", reason or "")
     out.print(table)
+    out.print()
+    library = facts["library"]
+    if library["missing"]:
+        out.print(f"compiled library: {library['missing']}")
+        return 0
+    table = Table("compiled library", "", show_header=True, box=None)
+    for name, value in library["build_info"].items():
+        table.add_row(name, value or "none")
+    for name, value in library["kernels"].items():
+        table.add_row(f"kernels for {name}", f"{value['count']}, at most {value['registers']} registers, "
+                      f"{value['spill']} bytes spilled")  # fmt: skip
+    out.print(table)
     return 0
+
+
+def _library() -> dict[str, Any]:
+    """The compiled library: why it is missing, or what it was built with and what its kernels cost."""
+    reason = extension.missing()
+    if reason is not None:
+        return {"missing": reason, "build_info": {}, "kernels": {}}
+    module = extension.module()
+    kernels: dict[str, dict[str, int]] = {}
+    for row in module.kernel_resources():
+        entry = kernels.setdefault(row["architecture"], {"count": 0, "registers": 0, "spill": 0})
+        entry["count"] += 1
+        entry["registers"] = max(entry["registers"], row["registers"])
+        entry["spill"] += row["spill"]
+    return {"missing": None, "build_info": module.build_info(), "kernels": kernels}
 
 
 def _version(package: str) -> str | None:

@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from resnet_fused import backends
 from resnet_fused.fusion.choice import chosen_backend
+from resnet_fused.fusion.generic import NOT_FUSED, fuse_generic, generic_entries, taken_by
+from resnet_fused.fusion.layout import relayout, restore
 from resnet_fused.fusion.match import Match, match, pairs_of
 from resnet_fused.fusion.report import FUSED, SKIPPED, FusionEntry, FusionReport
 from resnet_fused.modules import parts
 from resnet_fused.modules.base import FusedModule, adopt, original_class, release
 from resnet_fused.modules.spec import FusedState
+from resnet_fused.modules.traced import FusedForward
 
 M = TypeVar("M", bound=nn.Module)
 Filter = Callable[[str, nn.Module], bool]
@@ -35,6 +38,7 @@ def fuse(
     strict: bool = False,
     memory_format: torch.memory_format = torch.channels_last,
     recompute: str | None = None,
+    generic: bool = False,
 ) -> M:
     """Make the residual blocks and the stem of ``model`` run as fused ops.
 
@@ -56,6 +60,10 @@ def fuse(
             torch.preserve_format. Values and Parameter objects stay the same.
         recompute: None, "activations" or "last_conv": what the blocks compute again in the backward pass instead of
             keeping it, as in FusedBottleneck. A block with nn.SyncBatchNorm in training mode keeps everything.
+        generic: also fuse convolution → batch norm (→ sum) (→ ReLU) and sum → ReLU in the forwards of all other
+            modules, traced with torch.fx one by one: heads, necks, other networks than ResNets. No other thread may
+            run a model meanwhile. ``filter_fn`` is then also called with each convolution, or the module of a sum, and
+            its name in the report; ``strict`` speaks of residual blocks only.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -79,7 +87,10 @@ def fuse(
         elif found.reason is None and found.fused is not None:
             adopt(module, found.fused, FusedState(found.spec, backend, recompute=recompute))
         if isinstance(module, FusedModule) and memory_format is torch.channels_last and found.reason is None:
-            _relayout(module, found)
+            assert found.spec is not None
+            relayout(module, [conv for conv, _ in pairs_of(module, found.spec)])
+    if generic:
+        fuse_generic(model, backend, filter_fn, memory_format)
     return model
 
 
@@ -91,11 +102,12 @@ def fuse_(
     strict: bool = False,
     memory_format: torch.memory_format = torch.channels_last,
     recompute: str | None = None,
+    generic: bool = False,
 ) -> M:
     """``fuse(model, inplace=True, …)``."""
     return fuse(
         model, inplace=True, backend=backend, filter_fn=filter_fn, strict=strict, memory_format=memory_format,
-        recompute=recompute,
+        recompute=recompute, generic=generic,
     )  # fmt: skip
 
 
@@ -121,7 +133,7 @@ def unfuse(model: M, *, inplace: bool = False) -> M:
                 "undo that before unfuse"
             )
         for parameter, (shape, strides) in module._fused.layouts.items():
-            _restore(module, parameter, shape, strides)
+            restore(module, parameter, shape, strides)
         if original_class(module) is not None:
             release(module)
         else:
@@ -134,21 +146,30 @@ def is_fused(model: nn.Module) -> bool:
     return any(isinstance(module, FusedModule) for module in model.modules())
 
 
-def explain(model: nn.Module, *, backend: str = "auto", filter_fn: Filter | None = None) -> FusionReport:
+def explain(
+    model: nn.Module, *, backend: str = "auto", filter_fn: Filter | None = None, generic: bool = False
+) -> FusionReport:
     """What ``report(fuse(model, …))`` would say, without changing or copying ``model``."""
     _check_model(model)
+    backend = backends.check_name(backend)
     entries = []
+    taken: set[int] = set()
     for name, module, found in _matches(model):
         wanted = filter_fn is None or filter_fn(name, module)
-        reason = found.reason if wanted or isinstance(module, FusedModule) else _NOT_FUSED
-        entries.append(_entry(name, module, found, reason, backends.check_name(backend)))
+        reason = found.reason if wanted or isinstance(module, FusedModule) else NOT_FUSED
+        entries.append(_entry(name, module, found, reason, backend))
+        if reason is None and found.spec is not None:
+            taken |= {id(module)} if found.kind == "stem" else taken_by(module, found.spec)
+    if generic:
+        entries += generic_entries(model, taken, backend, filter_fn)
     return FusionReport(tuple(entries))
 
 
-def report(model: nn.Module) -> FusionReport:
+def report(model: nn.Module, *, generic: bool = False) -> FusionReport:
     """What in ``model`` is fused, by which backend, and what is not, and why.
 
-    ``backend`` of an entry is what "auto" chooses for the device and dtype that the parameters have now.
+    ``backend`` of an entry is what "auto" chooses for the device and dtype that the parameters have now. What
+    ``fuse(generic=True)`` looks at is reported where it fused something, or when ``generic`` asks for it.
     """
     _check_model(model)
     entries = []
@@ -156,11 +177,10 @@ def report(model: nn.Module) -> FusionReport:
         if isinstance(module, FusedModule):
             entries.append(_entry(name, module, found, found.reason, module._fused.backend))
         else:
-            entries.append(_entry(name, module, found, found.reason or _NOT_FUSED, ""))
+            entries.append(_entry(name, module, found, found.reason or NOT_FUSED, ""))
+    if generic or any(isinstance(module, FusedForward) for module in model.modules()):
+        entries += generic_entries(model, set())
     return FusionReport(tuple(entries))
-
-
-_NOT_FUSED = "can be fused, but fuse was not asked to"
 
 
 def _entry(name: str, module: nn.Module, found: Match, reason: str | None, backend: str) -> FusionEntry:
@@ -173,7 +193,7 @@ def _entry(name: str, module: nn.Module, found: Match, reason: str | None, backe
 
 def _matches(model: nn.Module) -> Iterator[tuple[str, nn.Module, Match]]:
     for name, module in model.named_modules():
-        found = match(module)
+        found = None if isinstance(module, FusedForward) else match(module)
         if found is not None:
             yield name, module, found
 
@@ -196,38 +216,3 @@ def _check_strict(model: nn.Module, filter_fn: Filter | None) -> None:
                 f"model: {name or type(module).__name__} cannot be fused, and strict=True was asked: {found.reason}; "
                 "leave it out with filter_fn, or use strict=False"
             )
-
-
-def _relayout(module: FusedModule, found: Match) -> None:
-    """Give the weights of the fused convolutions channels_last strides; note those they had."""
-    assert found.spec is not None
-    convs = {id(conv) for conv, _ in pairs_of(module, found.spec)}
-    layouts = dict(module._fused.layouts)
-    for name, child in module.named_modules():
-        weight = child._parameters.get("weight")
-        if id(child) not in convs or weight is None:
-            continue
-        before = weight.stride()
-        _set_data(weight, weight.data.contiguous(memory_format=torch.channels_last))
-        if weight.stride() != before:
-            layouts.setdefault(f"{name}.weight", (tuple(weight.shape), before))
-    module._fused = dataclasses.replace(module._fused, layouts=layouts)
-    module.refresh()
-
-
-def _restore(module: nn.Module, name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
-    """Give a weight the strides that it had, unless it has become another since."""
-    try:
-        weight = module.get_parameter(name)
-    except AttributeError:
-        return
-    if tuple(weight.shape) == shape and weight.stride() != strides:
-        data = weight.data
-        _set_data(
-            weight, torch.empty_strided(shape, strides, dtype=data.dtype, device=data.device).copy_(data)
-        )  # fmt: skip
-
-
-def _set_data(weight: Tensor, data: Tensor) -> None:
-    if data is not weight.data:
-        weight.data = data

@@ -12,11 +12,12 @@ SKIPPED = "skipped"
 
 @dataclass(frozen=True)
 class FusionEntry:
-    """One block or stem.
+    """One block, stem or chain.
 
-    name is its path in the model ("layer1.0"; a stem's ends in "stem"); kind is "basic_block", "bottleneck", "stem",
-    "conv_bn_act" or "block"; status is "fused" or "skipped"; reason says why it was skipped, or which part of a fused
-    block stays eager; backend is who computes it, empty when skipped.
+    name is its path in the model ("layer1.0"; a stem's ends in "stem"; a chain of the generic path has its
+    convolution's); kind is "basic_block", "bottleneck", "stem", "conv_bn_act", "add_relu" or "block"; status is "fused"
+    or "skipped"; reason says why it was skipped, or which part of what is fused stays eager; backend is who computes
+    it, empty when skipped.
     """
 
     name: str

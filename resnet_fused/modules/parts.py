@@ -43,9 +43,12 @@ def touched(module: nn.Module) -> bool:
 
 
 def watched() -> bool:
-    """Whether hooks for all modules are registered (profilers and FLOP counters do): then no call is bypassed."""
+    """Whether no call is to be bypassed: with hooks for all modules (profilers and FLOP counters have them), and while
+    a model is written as ONNX, which knows no op of ours."""
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     return bool(
-        _nn_module._global_forward_hooks
+        (exporting and torch.onnx.is_in_onnx_export())
+        or _nn_module._global_forward_hooks
         or _nn_module._global_forward_pre_hooks
         or _nn_module._global_backward_hooks
         or _nn_module._global_backward_pre_hooks

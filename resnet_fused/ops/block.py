@@ -18,8 +18,8 @@ from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, Shape, check_addend, check_conv, check_input, short_dtype
 from resnet_fused.ops.layout import like_eager
+from resnet_fused.ops.schemas import SCHEMAS
 
-_TENSORS = ("weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
 _FIELDS = len(ConvBN._fields)
 
 _CONV_NAMES = ("conv1", "conv2", "conv3")
@@ -78,7 +78,7 @@ def check_block(call: BlockCall) -> None:
 
 def register(name: str, depth: int) -> Callable[[BlockCall, str], Tensor]:
     """Register ``resnet_fused::name``, a block of ``depth`` convolutions; return the function that calls it."""
-    op = library.define(name, _schema(depth))
+    op = library.define(name, SCHEMAS[name])
 
     def unpack(args: tuple[Any, ...]) -> BlockCall:
         convs = []
@@ -160,15 +160,3 @@ def _eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -
 
 
 _NO_CONV = (None, None, None, None, None, None, 1e-5, (1, 1), (0, 0), (1, 1), 1)
-
-
-def _schema(depth: int) -> str:
-    parts = ["Tensor x"]
-    for name in [f"conv{i}" for i in range(1, depth + 1)] + ["shortcut"]:
-        for field in _TENSORS:
-            optional = name == "shortcut" or field in ("bias", "bn_weight", "bn_bias")
-            parts.append(f"Tensor{'?' if optional else ''} {name}_{field}")
-        parts.append(f"float {name}_eps")
-        parts += [f"int[2] {name}_{pair}" for pair in ("stride", "padding", "dilation")]
-        parts.append(f"int {name}_groups")
-    return f"({', '.join(parts)}, Tensor? identity, str backend) -> Tensor"

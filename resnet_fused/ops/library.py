@@ -18,8 +18,22 @@ _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
 def define(name: str, schema: str) -> Any:
-    """Declare ``resnet_fused::name`` and return its overload."""
-    LIBRARY.define(f"{name}{schema}", tags=_TAGS)
+    """Declare ``resnet_fused::name`` and return its overload.
+
+    Where the compiled library was loaded before this package the op is there, with the library's kernels; the rules for
+    fake tensors, autograd and autocast are then added to it.
+
+    Raises:
+        RuntimeError: the op that is there has another schema.
+    """
+    existing = getattr(torch.ops.resnet_fused, name, None)
+    if existing is None:
+        LIBRARY.define(f"{name}{schema}", tags=_TAGS)
+    elif existing.default._schema != torch._C.parse_schema(f"resnet_fused::{name}{schema}"):
+        raise RuntimeError(
+            f"the compiled library in this process has another resnet_fused::{name}: it was built from another "
+            f"version of this package; build it anew"
+        )
     return getattr(torch.ops.resnet_fused, name).default
 
 

@@ -1,21 +1,16 @@
 """What every CUDA kernel costs an architecture, from the compiler's own report: no GPU is needed.
 
-``python -m resnet_fused.testing.static_budget`` compiles every kernel of the lists in csrc and prints one line for each
-kernel and architecture: registers, spills, shared memory and how many blocks a multiprocessor holds.
+The build keeps that report in the compiled library. ``python -m resnet_fused.testing.static_budget`` prints one line
+for each kernel and architecture: registers, spills, shared memory and how many blocks a multiprocessor holds.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
-CSRC = Path(__file__).parents[2] / "csrc"
+from resnet_fused import extension
 
 
 @dataclass(frozen=True)
@@ -75,112 +70,43 @@ class Resources:
         return self.blocks * self.threads / self.architecture.threads
 
 
-def missing_compiler() -> str | None:
-    """Why nothing can be compiled here, or None."""
-    if shutil.which("nvcc") is None:
-        return "nvcc is not on PATH"
-    if not CSRC.is_dir():
-        return f"the CUDA sources are not at {CSRC}: an installed package has none"
-    return None
+def missing() -> str | None:
+    """Why there is no compiled library with CUDA kernels to read from, or None."""
+    return extension.missing(cuda=True)
 
 
-# Prints, for each kernel, the template arguments by which it is known again in the compiler's report, and its launch.
-_DESCRIBE = """
-#include <cstdio>
-#include "conv_bn_act/plan.h"
-#define LINE(name, element, math, bm, bn, row, m, n, stages, copy)                                      \
-  {                                                                                                     \
-    const auto& k = rf::conv::info(rf::conv::Kernel::k_##name);                                         \
-    std::printf("%s %s:%s:%d:%d:%d:%d:%d:%d:%d %d %d\\n", #name, #element, #math, bm, bn, row, m, n, stages, copy, \
-                k.threads, k.shared_bytes);                                                             \
-  }
-int main() { RF_CONV_KERNELS(LINE) }
-"""
-
-_SOURCES = {
-    **{
-        part: f"""
-#include "conv_bn_act/launch.cuh"
-namespace rf::conv {{
-#define KERNEL(name, ...) template __global__ void conv_kernel<tile_##name>(RF_CONSTANT Args);
-{kernels}
-template __global__ void reduce_kernel<{element}>(RF_CONSTANT Args);
-}}
-"""
-        for part, element, kernels in (
-            ("bf16", "bf16", "RF_CONV_HALF(KERNEL, bf16)"),
-            ("fp16", "fp16", "RF_CONV_HALF(KERNEL, fp16)"),
-            ("fp32", "float", "RF_CONV_FP32(KERNEL)"),
-        )
-    },
-    "add_relu": """
-#include "add_relu/launch.cuh"
-namespace rf::add_relu {
-#define KERNEL(T, OP)                                                            \\
-  template __global__ void flat_kernel<T, OP, 16 / sizeof(T)>(RF_CONSTANT FlatArgs); \\
-  template __global__ void flat_kernel<T, OP, 1>(RF_CONSTANT FlatArgs);              \\
-  template __global__ void strided_kernel<T, OP>(RF_CONSTANT StridedArgs);
-RF_ADD_RELU_KERNELS(KERNEL)
-}
-""",
-}
-_ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
-_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_USED = re.compile(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?")
 _DEFAULT_THREADS = 256  # of the element-wise and the reduce kernels
 
 
 def measure(architectures: tuple[Architecture, ...] = ARCHITECTURES) -> list[Resources]:
-    """Compile every kernel for every architecture, from one PTX as the package is built, and read the report.
+    """What the compiler reported on every kernel of the library as it was built, for these architectures.
 
     Raises:
-        RuntimeError: there is no compiler, or the compilation failed.
+        RuntimeError: there is no library, or it holds no CUDA kernels.
     """
-    reason = missing_compiler()
+    reason = missing()
     if reason:
         raise RuntimeError(reason)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "describe.cpp").write_text(_DESCRIBE)
-        _nvcc(folder, "-o", "describe", "describe.cpp")
-        lines = subprocess.run([folder / "describe"], capture_output=True, text=True, check=True).stdout.splitlines()
-        launches = {key: (label, int(threads), int(shared)) for label, key, threads, shared in map(str.split, lines)}
-
-        def compile_one(part: str) -> str:
-            (folder / f"{part}.cu").write_text(_SOURCES[part])
-            targets = [f"-gencode=arch=compute_80,code={target.name}" for target in architectures]
-            return _nvcc(folder, "-O3", "-Xptxas", "-v", *targets, "-c", f"{part}.cu", "-o", f"{part}.o")
-
-        with ThreadPoolExecutor(2) as pool:
-            reports = list(pool.map(compile_one, _SOURCES))
+    module = extension.module()
+    launches = {
+        ":".join((row["element"], row["math"], *map(str, row["template"]))): (
+            row["name"],
+            row["threads"],
+            row["shared"],
+        )
+        for row in module.conv_bn_act_kernels()
+    }
     by_name = {target.name: target for target in architectures}
-    return [resources for report in reports for resources in _parse(report, by_name, launches)]
-
-
-def _nvcc(folder: Path, *arguments: str) -> str:
-    command = ["nvcc", "-std=c++17", f"-I{CSRC}", *arguments]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
-    return result.stdout + result.stderr
-
-
-def _parse(
-    report: str, architectures: dict[str, Architecture], launches: dict[str, tuple[str, int, int]]
-) -> list[Resources]:
-    found = []
-    entry, stack, spill = ("", ""), 0, 0
-    for line in report.splitlines():
-        if match := _ENTRY.search(line):
-            entry = (match[1], match[2])
-        elif match := _STACK.search(line):
-            stack, spill = int(match[1]), int(match[2]) + int(match[3])
-        elif match := _USED.search(line):
-            label, threads, shared = _launch(entry[0], launches)
-            static = int(match[2] or 0)
-            target = architectures[entry[1]]
-            found.append(Resources(label, target, threads, int(match[1]), stack, spill, shared + static))
-    return found
+    found = {}
+    for row in module.kernel_resources():
+        if row["architecture"] in by_name:
+            label, threads, shared = _launch(row["symbol"], launches)
+            target = by_name[row["architecture"]]
+            # A kernel that several sources hold is the same in each of them.
+            found[row["symbol"], target.name] = Resources(
+                label, target, threads, row["registers"], row["stack"], row["spill"], shared + row["shared"]
+            )
+    return list(found.values())
 
 
 def _launch(mangled: str, launches: dict[str, tuple[str, int, int]]) -> tuple[str, int, int]:
@@ -212,7 +138,7 @@ def table(rows: list[Resources]) -> str:
 
 
 def main() -> int:
-    reason = missing_compiler()
+    reason = missing()
     if reason:
         print(reason, file=sys.stderr)
         return 1

@@ -53,9 +53,9 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time every candidate ``repeats`` times, in turns, caches warm, without recording gradients.
 
-    A sample is the mean of as many calls as fill ``min_seconds``. On CUDA it is taken between two events on the current
-    stream with nothing queued before it, so it holds whichever is longer of launching and computing; on the CPU it is
-    wall-clock time.
+    A turn is one untimed call and one sample, the mean of as many calls as fill ``min_seconds``. On CUDA a sample is
+    taken between two events on the current stream with nothing queued before it, so it holds whichever is longer of
+    launching and computing; on the CPU it is wall-clock time.
 
     Args:
         candidates: names and callables without arguments.
@@ -82,6 +82,7 @@ def interleaved(
             if done >= 3 and time.perf_counter() > end:
                 break
             for name, call in candidates.items():
+                call()  # untimed: threads of the one before may still spin, and the caches hold its data
                 samples[name].append(measure(call, loops[name]))
             if progress is not None:
                 progress()

@@ -12,13 +12,9 @@ from resnet_fused.ops import library
 from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, check_call
 from resnet_fused.ops.layout import like_eager
+from resnet_fused.ops.schemas import SCHEMAS
 
-SCHEMA = (
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor running_mean, "
-    "Tensor running_var, float eps, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-    "Tensor? residual, str act, str backend) -> Tensor"
-)
-OP = library.define("conv_bn_act", SCHEMA)
+OP = library.define("conv_bn_act", SCHEMAS["conv_bn_act"])
 
 
 def call_op(x: Tensor, conv: ConvBN, residual: Tensor | None, act: str, backend: str) -> Tensor:
@@ -33,13 +29,14 @@ def candidates(x: Tensor, conv: ConvBN) -> tuple[str, ...]:
     if x.device.type == "cuda" and x.dtype != torch.float64:
         # A 1x1 convolution is bound by memory, where the fused epilogue pays whole; a larger filter by arithmetic,
         # where cuDNN's kernels are the safer choice until a tuning table says otherwise. Its fused 7x7 has been seen
-        # many times slower than the plain one (pytorch#68506), so larger filters stay with eager.
+        # many times slower than the plain one (pytorch#68506), so larger filters stay with eager. This project's own
+        # CUDA kernels come last of the fused ones: no GPU has timed them yet.
         filter_size = conv.weight.shape[2] * conv.weight.shape[3]
         if filter_size > 9:
             return ("reference",)
         if filter_size == 1 and conv.groups == 1:
-            return ("triton", "cudnn", "reference")
-        return ("cudnn", "triton", "reference")
+            return ("triton", "cudnn", "cuda", "reference")
+        return ("cudnn", "triton", "cuda", "reference")
     return ("reference",)
 
 

@@ -14,7 +14,8 @@ def supports(call: ConvBNActCall) -> str | None:
 
 def run(call: ConvBNActCall) -> Tensor:
     conv = call.conv
-    y = F.conv2d(call.x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    bias = None if conv.bias is None else conv.bias.to(call.x.dtype)  # float32 beside half precision under autocast
+    y = F.conv2d(call.x, conv.weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     y = F.batch_norm(y, conv.running_mean, conv.running_var, conv.bn_weight, conv.bn_bias, False, 0.0, conv.eps)
     if call.residual is not None:
         y = y + call.residual

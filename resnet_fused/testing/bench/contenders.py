@@ -135,6 +135,7 @@ def _onnxruntime(case: Case, module: nn.Module, inputs: tuple[Tensor, ...]) -> C
     program: Any = torch.onnx.export(module, inputs, dynamo=True, verbose=False)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads slow whoever comes next
     session = runtime.InferenceSession(
         program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

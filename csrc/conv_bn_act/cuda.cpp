@@ -1,0 +1,159 @@
+// resnet_fused_cuda::conv_bn_act: checks, lays out, plans and launches.
+#include "conv_bn_act/cuda.h"
+
+#include "common/device.h"
+#include "conv_bn_act/ops.h"
+
+namespace rf::conv {
+
+namespace {
+
+std::optional<Element> element_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return Element::kBF16;
+    case ScalarType::Half:
+      return Element::kFP16;
+    case ScalarType::Float:
+      return Element::kFP32;
+    default:
+      return std::nullopt;
+  }
+}
+
+// The distance between neighbouring pixels of [N, C, H, W], or nothing when it is not the same throughout or channels
+// are not adjacent. The stride of a dimension of size one means nothing.
+std::optional<int64_t> pixel_stride(const Tensor& tensor) {
+  if (tensor.size(1) > 1 && tensor.stride(1) != 1) return std::nullopt;
+  std::optional<int64_t> pixel;
+  int64_t count = 1;
+  for (const int dim : {3, 2, 0}) {
+    if (tensor.size(dim) > 1) {
+      if (!pixel) pixel = tensor.stride(dim);
+      if (tensor.stride(dim) != *pixel * count) return std::nullopt;
+    }
+    count *= tensor.size(dim);
+  }
+  return pixel.value_or(tensor.size(1));
+}
+
+bool channels_adjacent(const Tensor& tensor) { return tensor.size(1) == 1 || tensor.stride(1) == 1; }
+
+bool dense_channels_last(const Tensor& tensor) { return pixel_stride(tensor) == tensor.size(1); }
+
+// Owns what the arguments' pointers point to until the launch.
+class Operands {
+ public:
+  const void* vector(const Tensor& tensor, unsigned wide, unsigned& bits) {
+    if (tensor.scalar_type() == ScalarType::Float) bits |= wide;
+    const bool adjacent = tensor.size(0) <= 1 || tensor.stride(0) == 1;
+    return keep(adjacent ? tensor : torch::stable::contiguous(tensor)).data_ptr();
+  }
+  const void* vector(const OptionalTensor& tensor, unsigned wide, unsigned& bits) {
+    return tensor ? vector(*tensor, wide, bits) : nullptr;
+  }
+  Tensor keep(const Tensor& tensor) {
+    kept_.push_back(tensor);
+    return tensor;
+  }
+
+ private:
+  std::vector<Tensor> kept_;
+};
+
+void launch(const Plan& plan, void* stream) {
+  const KernelInfo& kernel = info(plan.kernel);
+#define RF_CONV_LAUNCH_PART(name, T, E, P) \
+  if (kernel.element == E && kernel.precision == P) return launch_##name(plan, stream);
+  RF_CONV_PARTS(RF_CONV_LAUNCH_PART)
+#undef RF_CONV_LAUNCH_PART
+}
+
+}  // namespace
+
+const char* refusal_of(const Tensor& x, const ConvBN& conv) {
+  const std::optional<Element> element = element_of(x.scalar_type());
+  if (!element) return "its kernels compute bfloat16, float16 and float32";
+  if (capability(x.get_device_index()) < 80) return "it needs compute capability 8.0";
+  Args args{};
+  const char* refused = set_sizes(args, x.sizes().data(), conv.weight.sizes().data(), conv.stride.data(),
+                                  conv.padding.data(), conv.dilation.data(), conv.groups);
+  args.x = args.weight = args.mean = args.var = args.out = x.data_ptr();
+  return refused ? refused : refusal(args, *element);
+}
+
+Tensor run_cuda(const Tensor& x, const ConvBN& conv, const OptionalTensor& residual, bool relu, bool tf32,
+                const std::string& kernel, int64_t splits) {
+  check_input(x);
+  const std::vector<int64_t> out_sizes = check_conv(x, conv, sizes_of(x));
+  if (residual) check_addend(*residual, out_sizes, x, "residual");
+  const std::optional<Element> element = element_of(x.scalar_type());
+  STD_TORCH_CHECK(element, "x: need bfloat16, float16 or float32");
+  Choice choice{kernel_named(kernel.c_str()), static_cast<int>(splits)};
+  STD_TORCH_CHECK(kernel.empty() || choice.kernel != Kernel::kCount, "kernel: there is none called '", kernel, "'");
+
+  const int device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor out = empty_channels_last(out_sizes, x);
+  if (out.numel() == 0) return out;
+
+  Args args{};
+  const char* refused = set_sizes(args, x.sizes().data(), conv.weight.sizes().data(), conv.stride.data(),
+                                  conv.padding.data(), conv.dilation.data(), conv.groups);
+  STD_TORCH_CHECK(!refused, "conv_bn_act by cuda: ", refused);
+  Operands operands;
+  const Tensor input = operands.keep(channels_adjacent(x) ? x : channels_last(x));
+  args.x = input.data_ptr();
+  args.x_stride_n = input.stride(0), args.x_stride_h = input.stride(2), args.x_stride_w = input.stride(3);
+  args.weight = operands.keep(dense_channels_last(conv.weight) ? conv.weight : channels_last(conv.weight)).data_ptr();
+  args.bias = operands.vector(conv.bias, kWideBias, args.wide);
+  args.gamma = operands.vector(conv.gamma, kWideGamma, args.wide);
+  args.beta = operands.vector(conv.beta, kWideBeta, args.wide);
+  args.mean = operands.vector(conv.mean, kWideMean, args.wide);
+  args.var = operands.vector(conv.var, kWideVar, args.wide);
+  if (residual) {
+    const Tensor addend = operands.keep(pixel_stride(*residual) ? *residual : channels_last(*residual));
+    args.residual = addend.data_ptr();
+    args.residual_stride = *pixel_stride(addend);
+  }
+  args.out = out.data_ptr();
+  args.out_stride = conv.weight.size(0);
+  args.eps = static_cast<float>(conv.eps);
+  args.relu = relu;
+
+  Plan plan = make_plan(args, *element, tf32 ? Precision::kTensorCore : Precision::kIeee, multiprocessors(device), choice);
+  STD_TORCH_CHECK(!plan.refusal, "conv_bn_act by cuda: ", plan.refusal);
+  if (plan.workspace_bytes > 0) {
+    const auto count = static_cast<int64_t>(plan.workspace_bytes / sizeof(float));
+    plan.args.workspace =
+        static_cast<float*>(operands.keep(empty_strided({count}, {1}, ScalarType::Float, x)).data_ptr());
+  }
+  launch(plan, current_stream(device));
+  return out;
+}
+
+namespace {
+
+void boxed(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const Tensor x = arguments.tensor();
+  const ConvBN conv = read_conv(arguments);
+  const OptionalTensor residual = arguments.optional_tensor();
+  const auto relu = arguments.read<bool>(), tf32 = arguments.read<bool>();
+  const std::string kernel = arguments.text();
+  const auto splits = arguments.read<int64_t>();
+  give(stack, run_cuda(x, conv, residual, relu, tf32, kernel, splits));
+}
+
+}  // namespace
+
+}  // namespace rf::conv
+
+STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cuda, m) {
+  m.def(
+      "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor running_mean, "
+      "Tensor running_var, float eps, int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor? residual, "
+      "bool relu, bool tf32, str kernel='', int splits=0) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) { m.impl("conv_bn_act", &rf::conv::boxed); }

@@ -1,0 +1,347 @@
+"""Tracing one module's own forward with torch.fx, its submodules left whole, so that the trace can be relied on.
+
+A trace by torch.fx is blind to whatever Python decided on the way: an ``if`` on an attribute, ``isinstance``, a random
+number. So every attribute that was read is noted and compared again before each use of the trace, the functions that
+ran may contain only what is allowed here, and whatever else happens ends the attempt, with a reason.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import dis
+import enum
+import gc
+import inspect
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from resnet_fused.modules.base import original_class
+from resnet_fused.modules.traced import PRESENT, Read
+
+
+class Untraceable(Exception):
+    """The forward does something that a trace cannot be trusted with; the message says what."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A forward as a graph, and what must hold for it to stand for that forward.
+
+    names are the arguments'; types are what each must be at run time, None where only None is ruled out; reads are the
+    attributes that the forward looked at, with the values that they had; expanded are the submodules whose own forward
+    is part of the graph.
+    """
+
+    graph: fx.Graph
+    names: tuple[str, ...]
+    types: tuple[type | tuple[type, ...] | None, ...]
+    reads: tuple[Read, ...]
+    expanded: frozenset[str]
+
+
+_LOCK = threading.RLock()  # torch.fx patches nn.Module while it traces
+
+_MODULES = {"torch", "torch.nn", "torch.nn.functional", "torch.jit", "math", "operator"}
+_BUILTINS = {
+    "abs", "bool", "dict", "enumerate", "float", "int", "isinstance", "len", "list", "max", "min", "range", "reversed",
+    "sorted", "str", "sum", "super", "tuple", "zip", "__debug__",
+}  # fmt: skip
+_BLOCKED = {"checkpoint", "get_default_dtype", "get_autocast_dtype", "initial_seed", "hasattr", "getattr", "setattr"}
+_EFFECTS = {
+    "STORE_ATTR": "writes an attribute", "DELETE_ATTR": "deletes an attribute", "STORE_GLOBAL": "writes a global",
+    "IMPORT_NAME": "imports", "YIELD_VALUE": "is a generator", "SETUP_FINALLY": "has a try or with statement",
+    "SETUP_WITH": "has a with statement", "BEFORE_WITH": "has a with statement", "LOAD_SPECIAL": "has a with statement",
+    "PUSH_EXC_INFO": "has a try or with statement",
+}  # fmt: skip
+# Parts of torch that run a function in a context (decorators, mostly) of which the graph would know nothing.
+_CONTEXTS = {"torch.utils._contextlib", "torch.utils.checkpoint", "torch.amp.autocast_mode", "torch._dynamo.eval_frame"}
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.memory_format, enum.Enum)
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that the module had before anything here changed its class."""
+    return (original_class(module) or type(module)).forward
+
+
+def runs_in_turn(module: nn.Module) -> bool:
+    """Whether calling ``module`` is calling its children one after the other."""
+    return isinstance(module, nn.Sequential) and own_forward(module) is nn.Sequential.forward
+
+
+def trace(module: nn.Module, expand: frozenset[str] = frozenset()) -> tuple[Trace, ...]:
+    """The forward of ``module`` in eval mode: one trace, or one for tensors and one for lists where it asks.
+
+    Args:
+        module: its submodules are nodes of the graph.
+        expand: names of Sequentials whose children are nodes instead.
+
+    Raises:
+        Untraceable: with the reason.
+    """
+    forward = own_forward(module)
+    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+        raise Untraceable("its forward is decorated or no plain function")
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters):
+        raise Untraceable("its forward takes a variable number of arguments")
+    names = tuple(p.name for p in parameters if p.default is p.empty)
+    first, asked = _trace(module, forward, names, Tensor, expand)
+    if not asked:
+        return (first,)
+    with contextlib.suppress(Untraceable):
+        return (first, _trace(module, forward, names, list, expand)[0])
+    return (first,)
+
+
+def _trace(
+    module: nn.Module, forward: FunctionType, names: tuple[str, ...], kind: type, expand: frozenset[str]
+) -> tuple[Trace, bool]:
+    tracer = _Tracer(names, kind, expand, "forward" if original_class(module) is None else "_original_forward")
+    with _LOCK, _evaluating(module), _watching(module) as seen, _NoTensors():
+        try:
+            graph = tracer.trace(module)
+        except Untraceable:
+            raise
+        except Exception as error:  # whatever the forward raises on proxies is a reason not to trace it
+            text = str(error).strip().split("\n")[0]
+            raise Untraceable(f"its forward cannot be traced ({type(error).__name__}: {text})") from error
+    types = tuple(((Tensor if kind is Tensor else (list, tuple)) if n in tracer.asked else None) for n in names)
+    reads = [Read((), "_modules", tuple(module._modules))]
+    reads += [read for read in seen.reads.values() if read not in reads]
+    for name in sorted(expand):
+        path = tuple(name.split("."))
+        reads.append(Read(path, "_modules", tuple(module.get_submodule(name)._modules)))
+    return Trace(graph, names, types, tuple(dict.fromkeys(reads)), expand), bool(tracer.asked)
+
+
+class _Value(fx.Proxy):
+    """A value in the graph, which answers ``isinstance`` of a forward for its arguments, and of nothing else."""
+
+    @property
+    def __class__(self) -> Any:
+        if _in_torch(sys._getframe(1).f_globals.get("__name__", "")):
+            return fx.Proxy
+        return self.tracer.type_of(self)  # type: ignore[attr-defined]
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise TypeError("the class of a traced value cannot be set")
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, names: tuple[str, ...], kind: type, expand: frozenset[str], method: str) -> None:
+        super().__init__()
+        self.names, self.kind, self.expand, self.traced_func_name = names, kind, expand, method
+        self.asked: set[str] = set()
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """The arguments without defaults are traced; the others keep their defaults."""
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self.names)]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def type_of(self, value: fx.Proxy) -> type:
+        if value.node.op != "placeholder":
+            raise Untraceable("its forward asks for the type of an intermediate value")
+        self.asked.add(str(value.node.target))
+        return self.kind
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self.expand
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any(type(a) in (list, dict, set) for a in (*args, *kwargs.values())):
+            raise Untraceable("its forward hands a list or dict to a submodule, which may change it")
+        if self.path_of_module(m) in self.expand:
+            return own_forward(m)(m, *args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) not in (list, dict, _Value) and isinstance(a, (list, dict)) and not isinstance(a, fx.node.Node):
+            raise Untraceable(f"its forward makes a {type(a).__name__}")
+        if type(a) is Tensor:
+            raise Untraceable("its forward uses a tensor that is neither parameter nor buffer")
+        return super().create_arg(a)
+
+
+class _NoTensors(TorchFunctionMode):
+    """No computation on real tensors while tracing: its result would be written into the graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+            raise Untraceable(f"its forward calls {getattr(func, '__name__', func)} on no value of its own")
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """``training`` False everywhere, and back."""
+    before = [(m, m.training) for m in module.modules()]
+    try:
+        for m, _ in before:
+            m.training = False
+        yield
+    finally:
+        for m, training in before:
+            m.training = training
+
+
+class _Seen:
+    """What the forward's own code read and which functions ran."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.paths = {id(m): tuple(name.split(".")) if name else () for name, m in module.named_modules()}
+        self.reads: dict[tuple[int, str], Read] = {}
+        self.allowed: set[CodeType] = set()
+        self.inner: set[CodeType] = set()
+
+    def read(self, module: nn.Module, name: str, value: Any) -> None:
+        """Note a read; raise where its value cannot be compared later."""
+        path = self.paths.get(id(module))
+        if name.startswith("__") or isinstance(value, (Tensor, fx.Proxy)):
+            return
+        if path is None:
+            raise Untraceable(f"its forward reads {name} of a module outside of it")
+        if isinstance(value, MethodType) and name not in module.__dict__:
+            return
+        if isinstance(value, nn.Module):
+            self.reads[id(module), name] = Read(path, name, PRESENT)
+            if isinstance(value, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and id(value) in self.paths:
+                self.reads[id(value), "_modules"] = Read(self.paths[id(value)], "_modules", tuple(value._modules))
+        elif _plain(value) or isinstance(value, (FunctionType, BuiltinFunctionType)):
+            self.reads[id(module), name] = Read(path, name, value)
+        else:
+            raise Untraceable(f"its forward reads {name}, a {type(value).__name__}")
+
+    def call(self, code: CodeType, globals_: dict[str, Any]) -> None:
+        """Raise when a function about to run is not allowed to."""
+        if code in self.allowed:
+            return
+        problem = _hazard(code, globals_, code in self.inner)
+        if problem is not None:
+            raise Untraceable(f"{code.co_name} {problem}")
+        self.allowed.add(code)
+        self.inner.update(c for c in code.co_consts if isinstance(c, CodeType))
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_plain(v) for v in value)
+    return isinstance(value, _PLAIN)
+
+
+@contextlib.contextmanager
+def _watching(module: nn.Module) -> Iterator[_Seen]:
+    """Note attribute reads and function calls outside of torch's own code, in this thread."""
+    seen, me, profiler = _Seen(module), threading.get_ident(), sys.getprofile()
+
+    def getattribute(self: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        if threading.get_ident() == me and not _quiet(sys._getframe(1)):
+            seen.read(self, name, value)
+        return value
+
+    original_getattr = nn.Module.__getattr__
+
+    def getattr_(self: nn.Module, name: str) -> Any:
+        value = original_getattr(self, name)
+        if threading.get_ident() == me and not _quiet(sys._getframe(1)):
+            seen.read(self, name, value)
+        return value
+
+    def called(frame: Any, event: str, argument: Any) -> None:
+        name = frame.f_globals.get("__name__", "")
+        if event != "call":
+            return
+        if name in _CONTEXTS and frame.f_back is not None and frame.f_back.f_code in seen.allowed:
+            raise Untraceable(f"its forward runs a part of itself through {name}")
+        if not _quiet(frame) and not _in_library(frame.f_back):  # Python's import hooks are nobody's forward
+            seen.call(frame.f_code, frame.f_globals)
+
+    nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign,assignment]
+    nn.Module.__getattr__ = getattr_  # type: ignore[method-assign]
+    collecting = gc.isenabled()
+    gc.disable()  # finalisers of whatever is collected are nobody's forward
+    sys.setprofile(called)
+    try:
+        yield seen
+    finally:
+        sys.setprofile(profiler)
+        if collecting:
+            gc.enable()
+        nn.Module.__getattr__ = original_getattr  # type: ignore[method-assign]
+        del nn.Module.__getattribute__
+
+
+def _in_torch(name: str) -> bool:
+    return name == "torch" or name.startswith("torch.")
+
+
+def _quiet(frame: Any) -> bool:
+    """Whether the frame belongs to torch, Python's library or this package, which a forward may run."""
+    name = frame.f_globals.get("__name__", "")
+    ours = name.split(".")[0] == __name__.split(".")[0]
+    return _in_torch(name) or ours or name.startswith("namedtuple_") or _in_library(frame)
+
+
+def _in_library(frame: Any) -> bool:
+    name = frame.f_globals.get("__name__", "") if frame is not None else ""
+    return name.split(".")[0] in sys.stdlib_module_names
+
+
+def _hazard(code: CodeType, globals_: dict[str, Any], inner: bool) -> str | None:
+    """What in a function that ran could make it do otherwise another time."""
+    if not inner and set(code.co_freevars) - {"__class__"}:
+        return "is a closure"
+    for instruction in dis.get_instructions(code):
+        name, argument = instruction.opname, instruction.argval
+        if name in _EFFECTS and not (name == "YIELD_VALUE" and inner):
+            return _EFFECTS[name]
+        if name in ("LOAD_GLOBAL", "LOAD_NAME"):
+            missing = object()
+            found = globals_.get(argument, missing)
+            builtin = found is missing
+            known = getattr(builtins, argument, None)
+            error = isinstance(known, type) and issubclass(known, Exception)
+            if builtin and argument not in _BUILTINS and not error:
+                return f"uses {argument}"
+            if not builtin and not _allowed(found):
+                return f"uses {argument}"
+        elif name in ("LOAD_ATTR", "LOAD_METHOD") and (
+            argument in _BLOCKED or (argument.startswith("is_") and argument != "is_scripting")
+        ):
+            return f"uses {argument}"
+    return None
+
+
+def _allowed(value: Any) -> bool:
+    """Whether a global of this value is the same in every call."""
+    if isinstance(value, ModuleType):
+        return value.__name__ in _MODULES
+    if isinstance(value, FunctionType):
+        return value.__name__ not in _BLOCKED and not hasattr(value, "__wrapped__")
+    if isinstance(value, BuiltinFunctionType):
+        return value.__module__ in ("math", "_operator") or _in_torch(value.__module__ or "") or _torch_function(value)
+    if isinstance(value, type):
+        return issubclass(value, (Tensor, nn.Module)) or value.__module__ in ("builtins", "typing", "collections")
+    return value is math.inf or getattr(value, "__module__", "") == "typing" or value is builtins
+
+
+def _torch_function(value: Any) -> bool:
+    name = getattr(value, "__name__", "")
+    return getattr(torch, name, None) is value and name not in _BLOCKED and not name.startswith("is_")

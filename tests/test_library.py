@@ -1,0 +1,192 @@
+"""The compiled library: it builds, loads, registers; its ops are right without Python; C++ programs run with it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import resnet_fused as rf
+from resnet_fused import backends, extension
+from resnet_fused.testing.budget import assert_within_budget
+from resnet_fused.testing.networks import randomise_norms
+
+ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent / "library"
+TORCH = Path(torch.__file__).parent
+
+spec = importlib.util.spec_from_file_location("build_ext", ROOT / "build_ext.py")
+assert spec is not None and spec.loader is not None
+build_ext = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build_ext)
+
+
+@pytest.fixture
+def library() -> str:
+    """The path of the compiled library; a machine that can build one must have it."""
+    reason = build_ext.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    return rf.library_path()
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=120
+    )
+
+
+def call(*command: object) -> None:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+
+
+def test_module_and_library_load(library: str) -> None:
+    assert extension.missing() is None
+    info = extension.module().build_info()
+    assert info["abi_target"] == "torch 2.11"
+    assert bool(info["cuda"]) == bool(info["architectures"]) == (build_ext.find_nvcc() is not None)
+    if info["cuda"]:
+        for op in ("conv_bn_act", "add_relu", "add_relu_", "relu_backward"):
+            assert hasattr(torch.ops.resnet_fused_cuda, op)
+
+
+def test_library_needs_libtorch_alone(library: str) -> None:
+    """No Python, no CUDA driver or runtime: it must load in C++ programs and on machines without a GPU."""
+    text = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    needed = {line.split("[")[1].rstrip("]") for line in text.splitlines() if "NEEDED" in line}
+    assert {name for name in needed if "torch" in name or "c10" in name} == {
+        "libtorch.so", "libtorch_cpu.so", "libc10.so",
+    }  # fmt: skip
+    assert not [name for name in needed if "cud" in name or "python" in name]
+
+
+def test_importing_loads_no_compiled_library(library: str) -> None:
+    code = (
+        "import torch, resnet_fused as rf\n"
+        "loaded = lambda: 'libresnet_fused.so' in open('/proc/self/maps').read()\n"
+        "before = loaded()\n"
+        "rf.fuse(rf.resnet20().eval())(torch.randn(1, 3, 32, 32))\n"
+        "print(before, loaded(), rf.extension.missing(), loaded())"
+    )
+    done = python(code)
+    assert done.stdout.split() == ["False", "False", "None", "True"], done.stderr
+
+
+def test_loading_after_the_package_changes_nothing(library: str) -> None:
+    code = (
+        "import torch, resnet_fused as rf\n"
+        "torch.ops.load_library(rf.library_path())\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "print(has('resnet_fused::conv_bn_act', 'CPU'), has('resnet_fused::conv_bn_act', 'CompositeExplicitAutograd'))"
+    )
+    done = python(code)
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_a_library_that_does_not_load_says_so(library: str, tmp_path: Path) -> None:
+    package = tmp_path / "resnet_fused"
+    shutil.copytree(ROOT / "resnet_fused", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import resnet_fused as rf; print(rf.extension.missing())"
+    )
+    assert "is not built" in python(code).stdout
+    suffix = next(path.name for path in (ROOT / "resnet_fused").glob("_C.*"))
+    for name in ("libresnet_fused.so", suffix):
+        (package / name).write_bytes(b"not a library")
+    said = python(code).stdout
+    assert "does not load beside torch" in said and "make ext" in said
+
+
+def test_compiled_ops(library: str) -> None:
+    """Values, strides, NaN, sub-batches, refusals and opcheck of the library's own ops: see library/compiled_ops.py."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "compiled_ops.py"), library], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["conv_bn_act", "specials", "blocks", "refusals"]
+
+
+def test_a_program_without_python_runs_an_exported_model(library: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = randomise_norms(rf.resnet18(num_classes=10)).eval()
+    fused = rf.fuse(model)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        program = torch.export.export(fused, (x,))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        want, exact = model(x), model.double()(x.double())
+    executable = str(tmp_path / "run_model")
+    include = [f"-I{TORCH / 'include'}", f"-I{TORCH / 'include/torch/csrc/api/include'}"]
+    link = [
+        "-Wl,--no-as-needed",
+        f"-L{TORCH / 'lib'}",
+        f"-Wl,-rpath,{TORCH / 'lib'}",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+        "-ldl",
+    ]
+    call(build_ext.compiler(), "-std=c++20", *include, str(HERE / "run_model.cpp"), "-o", executable, *link)
+    (tmp_path / "x.bin").write_bytes(x.numpy().tobytes())
+    call(executable, library, package, tmp_path / "x.bin", tmp_path / "y.bin", *x.shape)
+    out = torch.frombuffer(bytearray((tmp_path / "y.bin").read_bytes()), dtype=torch.float32).view(want.shape)
+    assert_within_budget(out, want, exact, fused(x).detach())
+
+
+def test_cuda_is_a_backend_that_says_why_it_is_not_here() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    assert backends.unavailable("cuda") == "no CUDA device"
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ("8.0", ["-gencode=arch=compute_80,code=sm_80"]),
+        ("8.0;9.0+PTX", ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_80,code=sm_90",
+                         "-gencode=arch=compute_80,code=compute_80"]),
+        ("9.0a 8.6", ["-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_86,code=sm_86"]),
+        ("7.5;8.0", ["-gencode=arch=compute_80,code=sm_80"]),
+    ],
+)  # fmt: skip
+def test_architectures(given: str, want: list[str]) -> None:
+    assert build_ext.gencode(given) == want
+
+
+@pytest.mark.parametrize("given", ["Hopper", "7.0", "8"])
+def test_bad_architectures_are_named(given: str) -> None:
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: got"):
+        build_ext.gencode(given)
+
+
+class TestWhatIsAbsent:
+    def test_nothing_is_wanted(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setenv("RESNET_FUSED_CUDA", "0")
+        assert build_ext.extensions() == [] and capsys.readouterr().err == ""
+
+    def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setenv("RESNET_FUSED_CUDA", "auto")
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        assert build_ext.extensions() == []
+        assert capsys.readouterr().err.count("\n") == 1
+        monkeypatch.setenv("RESNET_FUSED_CUDA", "1")
+        with pytest.raises(SystemExit, match=r"no C\+\+ compiler \(no-such-compiler is not on PATH\)"):
+            build_ext.extensions()
+
+    def test_no_torch(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setattr(sys, "path", [])
+        monkeypatch.setenv("RESNET_FUSED_CUDA", "auto")
+        reason = build_ext.missing()
+        assert reason is not None and ("torch headers" in reason or "PATH" in reason)
+
+    def test_bad_mode(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("RESNET_FUSED_CUDA", "yes")
+        with pytest.raises(SystemExit, match="RESNET_FUSED_CUDA: got 'yes'"):
+            build_ext.extensions()
