@@ -126,7 +126,7 @@ def test_saved_bytes_of_identity_blocks(depth: int, recompute: str | None) -> No
     assert saved_bytes(fused, x) <= LIMITS[recompute][depth - 2] * saved_bytes(eager, x)
 
 
-@pytest.mark.parametrize(("name", "limits"), [("resnet18", (1.0, 0.85, 0.72)), ("resnet50", (1.0, 0.87, 0.64))])
+@pytest.mark.parametrize(("name", "limits"), [("resnet18", (1.0, 0.87, 0.73)), ("resnet50", (1.0, 0.85, 0.60))])
 def test_saved_bytes_of_whole_models(name: str, limits: tuple[float, ...]) -> None:
     eager = getattr(torchvision.models, name)().train()
     x = torch.randn(2, 3, 64, 64)
@@ -136,13 +136,19 @@ def test_saved_bytes_of_whole_models(name: str, limits: tuple[float, ...]) -> No
         assert share <= limit, (recompute, share)
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_frozen_and_trained_norms_and_parameters(recompute: str) -> None:
-    eager = randomise_norms(BLOCKS["bottleneck-stride2"]()).train()
-    eager.bn2.eval(), eager.downsample[1].eval()  # type: ignore[union-attr,operator,index]
+@pytest.mark.parametrize("recompute", [None, *RECOMPUTE])
+@pytest.mark.parametrize("frozen", [("bn1",), ("bn2", "downsample.1"), ("bn3",), ("bn1", "bn2", "bn3")], ids="+".join)
+def test_frozen_and_trained_norms_and_parameters(frozen: tuple[str, ...], recompute: str | None) -> None:
+    """In float64, where nothing but the maths can differ."""
+    eager = randomise_norms(BLOCKS["bottleneck-stride2"]()).double().train()
+    for name in frozen:
+        eager.get_submodule(name).eval()
     eager.conv1.requires_grad_(False), eager.bn3.weight.requires_grad_(False)  # type: ignore[union-attr,operator]
-    x = torch.randn(3, 8, 10, 8)
-    within_budget(step(rf.fuse(eager, recompute=recompute), x), eager, x)
+    x = torch.randn(3, 8, 10, 8, dtype=torch.float64)
+    ours, theirs = step(rf.fuse(eager, recompute=recompute), x), step(eager, x)
+    assert list(ours) == list(theirs)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])

@@ -154,7 +154,8 @@ def _backward(
     pairs, depth = block.pairs(), len(block.convs)
     *raws, statistics = kept
     projected = raws.pop()
-    means, rstds = (vector.split([pair.weight.shape[0] for pair in pairs]) for vector in statistics)
+    sizes = [pair.weight.shape[0] if pair.training else 0 for pair in pairs]
+    means, rstds = (vector.split(sizes) for vector in statistics)
     result: list[Tensor | None] = [None] * len(wanted)
     into_x: list[Tensor] = []
 
@@ -173,7 +174,8 @@ def _backward(
             return None, None
         need_raw = need_input or wanted[at] or wanted[at + 1]
         call = GradientCall(
-            grad, raw, pair.bn_weight, means[i], rstds[i], output, pair.training, pair.eps, need_raw, residual
+            grad, raw, pair.bn_weight, *((None, None) if pair.training else pair[4:6]), means[i], rstds[i], output,
+            pair.training, pair.eps, need_raw, residual,
         )  # fmt: skip
         draw, dgamma, dbeta, dresidual = batch_norm_act.compute_backward(call, backend)
         for place, gradient, owner in ((at + 2, dgamma, pair.bn_weight), (at + 3, dbeta, pair.bn_bias)):

@@ -24,8 +24,8 @@ OP = library.define(
 )
 BACKWARD = library.define(
     "batch_norm_act_backward",
-    "(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? output, bool training, float eps, "
-    "bool need_x, bool need_residual, str backend) -> Tensor[]",
+    "(Tensor grad, Tensor x, Tensor? weight, Tensor? running_mean, Tensor? running_var, Tensor mean, Tensor rstd, "
+    "Tensor? output, bool training, float eps, bool need_x, bool need_residual, str backend) -> Tensor[]",
 )
 BACKENDS = ("reference", "triton")
 
@@ -33,8 +33,20 @@ Result = tuple[Tensor, Tensor, Tensor]
 
 
 def call_op(call: BatchNormCall, backend: str) -> Tensor:
-    """Call the registered op."""
+    """Call the registered op; on the CPU, where nothing is quicker, PyTorch's own without an op of ours around it."""
+    if backend == backends.AUTO and call.x.device.type == "cpu" and _plain(call):
+        check_call(call)
+        if call.training and call.num_batches_tracked is not None:
+            call.num_batches_tracked.add_(1)
+        return reference.differentiable(call)
     return OP(*call, backend)[0]  # type: ignore[no-any-return]
+
+
+def _plain(call: BatchNormCall) -> bool:
+    """Whether the call is one that aten takes as it is."""
+    vectors = {v.dtype for v in call[1:5] if isinstance(v, Tensor)}
+    same = call.residual is None or call.residual.dtype == call.x.dtype
+    return same and len(vectors) <= 1 and call.momentum is not None and call.x.numel() > 0
 
 
 def candidates(x: Tensor) -> tuple[str, ...]:
@@ -45,15 +57,18 @@ def candidates(x: Tensor) -> tuple[str, ...]:
 
 
 def compute(call: BatchNormCall, backend: str) -> Result:
-    """Check the call, pick the backend, run it: (output, mean, 1/√(var + eps)). The running statistics follow once."""
+    """Check the call, pick the backend, run it: (output, mean, 1/√(var + eps)). The running statistics follow once.
+
+    Without training the latter two have no elements: the running statistics were used.
+    """
     check_call(call)
     module = _choose(call, backend)
     call = call._replace(x=_dense(call.x))
     if call.training and call.num_batches_tracked is not None:
         call.num_batches_tracked.add_(1)
     if call.x.numel() == 0:
-        zeros = call.x.new_zeros(2, call.x.shape[1], dtype=wide(call.x.dtype))
-        return torch.empty_like(call.x), zeros[0].clone(), zeros[1].clone()
+        zeros = call.x.new_zeros(call.x.shape[1] if call.training else 0, dtype=wide(call.x.dtype))
+        return torch.empty_like(call.x), zeros, zeros.clone()
     result: Result = module.run(call)
     return result
 
@@ -81,7 +96,7 @@ class _Empty:
 
     @staticmethod
     def backward(call: GradientCall) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        zeros = torch.zeros_like(call.mean)
+        zeros = call.x.new_zeros(call.x.shape[1], dtype=wide(call.x.dtype))
         return torch.empty_like(call.x), zeros, zeros.clone(), torch.empty_like(call.x)
 
 
@@ -105,7 +120,7 @@ def _fake(*args: Any) -> Result:
     check_call(call)
     backends.check_name(args[-1])
     x = _dense(call.x)
-    vector = x.new_empty(x.shape[1], dtype=wide(x.dtype))
+    vector = x.new_empty(x.shape[1] if call.training else 0, dtype=wide(x.dtype))
     return torch.empty_like(x), vector, torch.empty_like(vector)
 
 
@@ -118,9 +133,9 @@ def _backward_kernel(*args: Any) -> list[Tensor]:
 
 def _backward_fake(*args: Any) -> list[Tensor]:
     call = GradientCall(*args[:-1])
-    mean = call.mean
+    vector = call.x.new_empty(call.x.shape[1], dtype=wide(call.x.dtype))
     full = [torch.empty_like(_dense(call.x))] * call.need_x + [torch.empty_like(call.grad)] * call.need_residual
-    return [torch.empty_like(mean), torch.empty_like(mean), *(g.clone() for g in full)]
+    return [vector, torch.empty_like(vector), *(g.clone() for g in full)]
 
 
 class _Function(torch.autograd.Function):
@@ -129,7 +144,8 @@ class _Function(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             output, mean, rstd = OP(*args)
         call = BatchNormCall(*args[:-1])
-        ctx.save_for_backward(call.x, call.weight, mean, rstd, output if call.act == "relu" else None)
+        running = (None, None) if call.training else (call.running_mean, call.running_var)
+        ctx.save_for_backward(call.x, call.weight, *running, mean, rstd, output if call.act == "relu" else None)
         ctx.options = call.training, call.eps, args[-1]
         ctx.dtypes = [None if vector is None else vector.dtype for vector in (call.weight, call.bias)]
         ctx.mark_non_differentiable(mean, rstd)
@@ -137,11 +153,11 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight, mean, rstd, output = ctx.saved_tensors
+        *given, output = ctx.saved_tensors
         training, eps, backend = ctx.options
         need_x, need_weight, need_bias, *_, need_residual = ctx.needs_input_grad[:7]
         masked = need_residual and output is not None
-        call = GradientCall(grads[0], x, weight, mean, rstd, output, training, eps, need_x, masked)
+        call = GradientCall(grads[0], *given, output, training, eps, need_x, masked)
         dx: Tensor | None
         dresidual: Tensor | None
         if torch.is_grad_enabled():  # a second derivative: through aten, whose gradient is differentiable

@@ -38,13 +38,16 @@ class BatchNormCall(NamedTuple):
 class GradientCall(NamedTuple):
     """The gradient of batch_norm_act for the gradient of its output.
 
-    mean and rstd are the statistics that were used, in float32 or wider. output decides where ReLU lets pass; None
-    without ReLU. need_x and need_residual say which full-size gradients are wanted.
+    The statistics that were used are mean and rstd, in float32 or wider, with training; running_mean and running_var
+    without. output decides where ReLU lets pass; None without ReLU. need_x and need_residual say which full-size
+    gradients are wanted.
     """
 
     grad: Tensor
     x: Tensor
     weight: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
     mean: Tensor
     rstd: Tensor
     output: Tensor | None

@@ -7,11 +7,21 @@ from torch import Tensor
 
 from resnet_fused.ops.batch_norm_act.call import BatchNormCall, GradientCall, wide
 
-_COLUMN = (1, -1, 1, 1)
-
 
 def supports(call: BatchNormCall | GradientCall) -> str | None:
     return None
+
+
+def differentiable(call: BatchNormCall) -> Tensor:
+    """The output alone, by operations that PyTorch itself differentiates; the running statistics follow.
+
+    For a momentum that is a number, and vectors of one dtype.
+    """
+    y = torch.batch_norm(
+        call.x, call.weight, call.bias, call.running_mean, call.running_var, call.training, call.momentum or 0.0,
+        call.eps, torch.backends.cudnn.enabled,
+    )  # fmt: skip
+    return _finish(y, call)
 
 
 def run(call: BatchNormCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,8 +34,7 @@ def run(call: BatchNormCall) -> tuple[Tensor, Tensor, Tensor]:
         y = torch.batch_norm(
             x, weight, bias, running_mean.to(kind), running_var.to(kind), False, 0.0, call.eps, False
         )  # fmt: skip
-        mean, rstd = running_mean.to(kind, copy=True), torch.rsqrt(running_var.to(kind) + call.eps)
-        return _finish(y, call), mean, rstd
+        return _finish(y, call), x.new_empty(0, dtype=kind), x.new_empty(0, dtype=kind)
     factor = _factor(call)
     direct = running_mean is not None and running_mean.dtype == kind and isinstance(factor, float)
     if direct:
@@ -53,23 +62,15 @@ def apply(call: BatchNormCall, mean: Tensor, rstd: Tensor) -> Tensor:
 
 def backward(call: GradientCall) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """Gradients of x, weight, bias and residual; differentiable itself."""
-    x, mean, rstd = call.x, call.mean, call.rstd
-    grad = call.grad
+    grad, kind = call.grad, wide(call.x.dtype)
     if call.output is not None:
         grad = torch.ops.aten.threshold_backward(grad, call.output, 0)
-    dresidual = grad if call.need_residual else None
-    weight = _to(call.weight, mean.dtype)
-    if call.training:
-        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, None, None, mean, rstd, True, call.eps, [call.need_x, True, True]
-        )
-        return dx, dweight, dbias, dresidual
-    kind = mean.dtype
-    dbias = grad.sum((0, 2, 3), dtype=kind)
-    dweight = (grad * (x - mean.view(_COLUMN))).sum((0, 2, 3), dtype=kind) * rstd
-    scale = rstd if weight is None else rstd * weight
-    dx = (grad * scale.view(_COLUMN)).to(x.dtype) if call.need_x else None
-    return dx, dweight, dbias, dresidual
+    running = _to(call.running_mean, kind), _to(call.running_var, kind)
+    batch = (call.mean, call.rstd) if call.training else (None, None)
+    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+        grad, call.x, _to(call.weight, kind), *running, *batch, call.training, call.eps, [call.need_x, True, True]
+    )
+    return dx, dweight, dbias, grad if call.need_residual else None
 
 
 def _finish(y: Tensor, call: BatchNormCall) -> Tensor:

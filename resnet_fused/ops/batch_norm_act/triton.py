@@ -215,10 +215,8 @@ def run(call: BatchNormCall) -> tuple[Tensor, Tensor, Tensor]:
     x = call.x
     with _on(x):
         if not call.training:
-            assert call.running_mean is not None and call.running_var is not None
-            mean = call.running_mean.to(torch.float32, copy=True)
-            rstd = torch.rsqrt(call.running_var.float() + call.eps)
-            return apply(call, mean, rstd), mean, rstd
+            empty = x.new_empty(0, dtype=torch.float32)
+            return apply(call, empty, empty), empty, empty.clone()
         plan = _Plan(x)
         mean, rstd = (torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
         partial = plan.partial()
@@ -242,6 +240,8 @@ def apply(call: BatchNormCall, mean: Tensor, rstd: Tensor) -> Tensor:
     x = call.x
     with _on(x):
         plan = _Plan(x)
+        if not call.training:
+            mean, rstd = _given(call)
         out = torch.empty_like(x)
         apply_kernel[plan.tiles](
             x, mean, rstd, call.weight, call.bias, plan.laid_out(call.residual), out, *plan.sizes,
@@ -255,10 +255,11 @@ def backward(call: GradientCall) -> tuple[Tensor | None, Tensor, Tensor, Tensor 
     x = call.x.contiguous(memory_format=dense_format(call.x))
     with _on(x):
         plan = _Plan(x)
+        mean, rstd = (call.mean, call.rstd) if call.training else _given(call)
         grad, output = plan.laid_out(call.grad), plan.laid_out(call.output)
         partial = plan.partial()
         sums_kernel[plan.reduction](
-            grad, x, call.mean, call.rstd, output, partial, *plan.sizes, plan.rows, plan.splits,
+            grad, x, mean, rstd, output, partial, *plan.sizes, plan.rows, plan.splits,
             **plan.constants, num_warps=plan.config.warps,
         )  # fmt: skip
         sums = partial.sum(1)  # [2, C], in a fixed order
@@ -266,10 +267,16 @@ def backward(call: GradientCall) -> tuple[Tensor | None, Tensor, Tensor, Tensor 
         dresidual = torch.empty_like(x) if call.need_residual else None
         if call.need_x or call.need_residual:
             gradient_kernel[plan.tiles](
-                grad, x, call.mean, call.rstd, call.weight, output, sums, dx, dresidual, *plan.sizes,
+                grad, x, mean, rstd, call.weight, output, sums, dx, dresidual, *plan.sizes,
                 TRAINING=call.training, **plan.constants, num_warps=plan.config.warps,
             )  # fmt: skip
     return dx, sums[1].clone(), sums[0].clone(), dresidual
+
+
+def _given(call: BatchNormCall | GradientCall) -> tuple[Tensor, Tensor]:
+    """The running mean and 1/√(running var + eps), in float32."""
+    assert call.running_mean is not None and call.running_var is not None
+    return call.running_mean.float(), torch.rsqrt(call.running_var.float() + call.eps)
 
 
 class _Plan:
