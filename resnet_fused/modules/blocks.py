@@ -44,7 +44,8 @@ class FusedBasicBlock(FusedBlock):
     Shapes: ``[N, inplanes, H, W]`` to ``[N, planes, H/stride, W/stride]``, any floating dtype.
 
     Raises:
-        ValueError, NotImplementedError: groups, base_width or dilation other than the above, as in torchvision; or no such recompute.
+        ValueError, NotImplementedError: groups, base_width or dilation other than the above, as in torchvision.
+        ValueError: there is no such recompute.
     """
 
     expansion: int = 1

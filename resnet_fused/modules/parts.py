@@ -18,7 +18,7 @@ from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.convbn import ConvBN
 from resnet_fused.ops.residual_block import RECOMPUTE, ConvNorm
 
-# With the batch's statistics in training mode. SyncBatchNorm's are those of all processes, so there it is called itself.
+# With the batch's statistics in training mode; SyncBatchNorm's are those of all processes, so it is called itself.
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 # Classes that normalise with given statistics, in training mode too: buffers weight, bias, running_mean, running_var
@@ -140,10 +140,12 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module) -> ConvNorm | None:
     if type(norm) is nn.SyncBatchNorm and norm.training:
         return None
     call = norm_call(conv.weight, norm, "none", None)
+    stride: Any = conv.stride
+    dilation: Any = conv.dilation
     return ConvNorm(
         conv.weight, conv.bias, call.weight, call.bias, call.running_mean, call.running_var, call.num_batches_tracked,
-        call.training, call.momentum, call.eps, conv.stride, _padding(conv), conv.dilation, conv.groups,
-    )  # type: ignore[arg-type]  # fmt: skip
+        call.training, call.momentum, call.eps, stride, _padding(conv), dilation, conv.groups,
+    )  # fmt: skip
 
 
 def check_recompute(recompute: str | None) -> str | None:

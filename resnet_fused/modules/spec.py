@@ -62,7 +62,8 @@ class FusedState:
     """What a fused module knows beside its parameters: no tensor, nothing derived from one.
 
     recompute is what training computes again in the backward pass instead of keeping it: None, "activations" or
-    "last_conv". layouts are the (shape, strides) that convolution weights had before ``fuse`` gave them others, by parameter name.
+    "last_conv". layouts are the (shape, strides) that convolution weights had before ``fuse`` gave them others, by
+    parameter name.
     """
 
     spec: BlockSpec

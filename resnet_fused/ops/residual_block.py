@@ -65,7 +65,7 @@ class ResidualBlock(NamedTuple):
         """x, identity, and the four parameters of each convolution with its norm: what may want a gradient."""
         found: list[Tensor | None] = [self.x, self.identity]
         for pair in self.pairs():
-            found += pair[:4]  # type: ignore[arg-type]
+            found += pair[:4]
         return found
 
     def pairs(self) -> tuple[ConvNorm, ...]:
@@ -86,8 +86,8 @@ def _schema() -> str:
 _WIDTH = len(ConvNorm._fields)
 _NO_PAIR = (None,) * 7 + (False, None, 0.0, (1, 1), (0, 0), (1, 1), 1)
 
-# What writes to arguments may not return a list. Kept are the raw outputs by slot, of no elements where there is nothing
-# to keep, and the statistics: means and 1/√(var + eps) of all norms, [2, channels].
+# What writes to arguments may not return a list. Kept are the raw outputs by slot, of no elements where there is
+# nothing to keep, and the statistics: means and 1/√(var + eps) of all norms that take the batch's, [2, channels].
 _RESULT = f"(Tensor output, {', '.join(f'Tensor raw{slot}' for slot in range(_SLOTS))}, Tensor statistics)"
 OP = library.define("residual_block", f"{_schema()} -> {_RESULT}")
 _CONSTANT = re.sub(r"\([a-l]!\)", "", _schema())  # the gradient writes nothing
@@ -251,7 +251,7 @@ class _Function(torch.autograd.Function):
         ctx.save_for_backward(*parameters, *kept, *frozen)
         ctx.sizes = len(parameters), len(kept)
         # No tensor may stay in ctx beside the saved ones: only what describes the block.
-        ctx.pairs = [pair._replace(**dict.fromkeys(ConvNorm._fields[:7])) for pair in block.pairs()]
+        ctx.pairs = [pair[7:] for pair in block.pairs()]
         ctx.projects, ctx.options = block.shortcut is not None, args[-2:]
         ctx.mark_non_differentiable(*kept)
         return output, *kept
@@ -266,9 +266,10 @@ class _Function(torch.autograd.Function):
         parameters, kept, frozen = saved[:first], saved[first : first + second], list(saved[first + second :])
         wanted = [w and p is not None for w, p in zip(ctx.needs_input_grad[1:], parameters, strict=True)]
         pairs = []
-        for i, pair in enumerate(ctx.pairs):
-            statistics = (None, None) if pair.training else (frozen.pop(0), frozen.pop(0))
-            pairs.append(ConvNorm(*parameters[2 + 4 * i : 6 + 4 * i], *statistics, *pair[6:]))
+        for i, description in enumerate(ctx.pairs):
+            training = description[0]
+            statistics = (None, None) if training else (frozen.pop(0), frozen.pop(0))
+            pairs.append(ConvNorm(*parameters[2 + 4 * i : 6 + 4 * i], *statistics, None, *description))
         shortcut = pairs.pop() if ctx.projects else None
         block = ResidualBlock(parameters[0], tuple(pairs), shortcut, parameters[1])
         found = iter(BACKWARD(grad, list(kept), wanted, *_flat(block), *ctx.options))

@@ -14,7 +14,14 @@ from torch import Tensor
 from resnet_fused import backends
 from resnet_fused.ops import library
 from resnet_fused.ops.batch_norm_act import reference
-from resnet_fused.ops.batch_norm_act.call import BatchNormCall, GradientCall, check_call, dense_format, wide
+from resnet_fused.ops.batch_norm_act.call import (
+    BatchNormCall,
+    GradientCall,
+    check_call,
+    dense_format,
+    empty_output,
+    wide,
+)
 
 OP = library.define(
     "batch_norm_act",
@@ -68,7 +75,7 @@ def compute(call: BatchNormCall, backend: str) -> Result:
         call.num_batches_tracked.add_(1)
     if call.x.numel() == 0:
         zeros = call.x.new_zeros(call.x.shape[1] if call.training else 0, dtype=wide(call.x.dtype))
-        return torch.empty_like(call.x), zeros, zeros.clone()
+        return empty_output(call.x), zeros, zeros.clone()
     result: Result = module.run(call)
     return result
 
@@ -77,7 +84,7 @@ def compute_again(call: BatchNormCall, mean: Tensor, rstd: Tensor, backend: str)
     """The output of an earlier ``compute``, to the bit; no running statistic changes."""
     call = call._replace(x=_dense(call.x))
     if call.x.numel() == 0:
-        return torch.empty_like(call.x)
+        return empty_output(call.x)
     out: Tensor = _choose(call, backend).apply(call, mean, rstd)
     return out
 
@@ -87,7 +94,7 @@ def compute_backward(call: GradientCall, backend: str) -> tuple[Tensor | None, T
     module = _choose(call, backend)
     if call.x.numel() == 0:
         module = _empty
-    dx, dweight, dbias, dresidual = module.backward(call)  # type: ignore[attr-defined]
+    dx, dweight, dbias, dresidual = module.backward(call)
     return dx, dweight, dbias, dresidual
 
 
@@ -97,7 +104,7 @@ class _Empty:
     @staticmethod
     def backward(call: GradientCall) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         zeros = call.x.new_zeros(call.x.shape[1], dtype=wide(call.x.dtype))
-        return torch.empty_like(call.x), zeros, zeros.clone(), torch.empty_like(call.x)
+        return empty_output(call.x), zeros, zeros.clone(), empty_output(call.x)
 
 
 _empty: Any = _Empty
@@ -121,7 +128,7 @@ def _fake(*args: Any) -> Result:
     backends.check_name(args[-1])
     x = _dense(call.x)
     vector = x.new_empty(x.shape[1] if call.training else 0, dtype=wide(x.dtype))
-    return torch.empty_like(x), vector, torch.empty_like(vector)
+    return empty_output(x), vector, torch.empty_like(vector)
 
 
 def _backward_kernel(*args: Any) -> list[Tensor]:
@@ -134,7 +141,7 @@ def _backward_kernel(*args: Any) -> list[Tensor]:
 def _backward_fake(*args: Any) -> list[Tensor]:
     call = GradientCall(*args[:-1])
     vector = call.x.new_empty(call.x.shape[1], dtype=wide(call.x.dtype))
-    full = [torch.empty_like(_dense(call.x))] * call.need_x + [torch.empty_like(call.grad)] * call.need_residual
+    full = [empty_output(call.x)] * call.need_x + [torch.empty_like(call.grad)] * call.need_residual
     return [vector, torch.empty_like(vector), *(g.clone() for g in full)]
 
 
@@ -153,11 +160,12 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        *given, output = ctx.saved_tensors
+        saved: tuple[Any, ...] = ctx.saved_tensors
+        output = saved[-1]
         training, eps, backend = ctx.options
         need_x, need_weight, need_bias, *_, need_residual = ctx.needs_input_grad[:7]
         masked = need_residual and output is not None
-        call = GradientCall(grads[0], *given, output, training, eps, need_x, masked)
+        call = GradientCall(grads[0], *saved, training, eps, need_x, masked)
         dx: Tensor | None
         dresidual: Tensor | None
         if torch.is_grad_enabled():  # a second derivative: through aten, whose gradient is differentiable

@@ -68,7 +68,15 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def dense_format(x: Tensor) -> torch.memory_format:
     """The memory format in which x is normalised, and which the output has: aten's rule for batch norm."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        if x.is_contiguous(memory_format=layout):
+            return layout
     return torch._prims_common.suggest_memory_format(x)
+
+
+def empty_output(x: Tensor) -> Tensor:
+    """A tensor for the output, or for a gradient of x's shape."""
+    return torch.empty_like(x, memory_format=dense_format(x))
 
 
 def check_call(call: BatchNormCall) -> None:

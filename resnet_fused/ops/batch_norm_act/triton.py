@@ -1,6 +1,6 @@
 """batch_norm_act by Triton, on CUDA devices.
 
-Forward: partial statistics, their merge (which also moves the running statistics), normalisation with residual and ReLU.
+Forward: partial statistics; their merge, which also moves the running statistics; normalisation, residual and ReLU.
 Backward: partial sums, the gradients. Partial results are merged in a fixed order: no atomics, the same bits every run.
 Launch choices are fixed, never tuned by trial: a trial would move the running statistics.
 """
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused import backends
-from resnet_fused.ops.batch_norm_act.call import BatchNormCall, GradientCall, dense_format
+from resnet_fused.ops.batch_norm_act.call import BatchNormCall, GradientCall, dense_format, empty_output
 from resnet_fused.ops.convbn import short_dtype
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -28,7 +28,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class NormConfig:
-    """A tile of block_m pixels (of all images) by block_c channels. Unmeasured so far: 16-byte accesses, 32 values each."""
+    """A tile of block_m pixels (of all images) by block_c channels. Unmeasured: 16-byte accesses, 32 values each."""
 
     block_m: int
     block_c: int
@@ -57,7 +57,7 @@ def statistics_kernel(
     x, partial, M, C, HW, rows, splits,
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of ``rows`` pixels, into partial [2, splits, C]. Chan's merge of two-pass tiles."""
+    """Mean and squared deviations of ``rows`` pixels, into partial [2, splits, C]: two-pass tiles, Chan's merge."""
     split = tl.program_id(1)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     start = split.to(tl.int64 if WIDE else tl.int32) * rows
@@ -92,7 +92,7 @@ def merge_kernel(
     mean = tl.zeros((BC,), tl.float32)
     squares = tl.zeros((BC,), tl.float32)
     count = 0.0
-    for split in range(0, splits):
+    for split in range(splits):
         at = tl.cast(split, tl.int64) * C + c
         n = tl.minimum(M - tl.cast(split, tl.int64) * rows, rows).to(tl.float32)
         delta = tl.load(partial + at, mask=ok, other=0.0) - mean
@@ -242,7 +242,7 @@ def apply(call: BatchNormCall, mean: Tensor, rstd: Tensor) -> Tensor:
         plan = _Plan(x)
         if not call.training:
             mean, rstd = _given(call)
-        out = torch.empty_like(x)
+        out = empty_output(x)
         apply_kernel[plan.tiles](
             x, mean, rstd, call.weight, call.bias, plan.laid_out(call.residual), out, *plan.sizes,
             RELU=call.act == "relu", **plan.constants, num_warps=plan.config.warps,
@@ -263,8 +263,8 @@ def backward(call: GradientCall) -> tuple[Tensor | None, Tensor, Tensor, Tensor 
             **plan.constants, num_warps=plan.config.warps,
         )  # fmt: skip
         sums = partial.sum(1)  # [2, C], in a fixed order
-        dx = torch.empty_like(x) if call.need_x else None
-        dresidual = torch.empty_like(x) if call.need_residual else None
+        dx = empty_output(x) if call.need_x else None
+        dresidual = empty_output(x) if call.need_residual else None
         if call.need_x or call.need_residual:
             gradient_kernel[plan.tiles](
                 grad, x, mean, rstd, call.weight, output, sums, dx, dresidual, *plan.sizes,
