@@ -269,7 +269,7 @@ class _Function(torch.autograd.Function):
         for i, description in enumerate(ctx.pairs):
             training = description[0]
             statistics = (None, None) if training else (frozen.pop(0), frozen.pop(0))
-            pairs.append(ConvNorm(*parameters[2 + 4 * i : 6 + 4 * i], *statistics, None, *description))
+            pairs.append(ConvNorm._make((*parameters[2 + 4 * i : 6 + 4 * i], *statistics, None, *description)))
         shortcut = pairs.pop() if ctx.projects else None
         block = ResidualBlock(parameters[0], tuple(pairs), shortcut, parameters[1])
         found = iter(BACKWARD(grad, list(kept), wanted, *_flat(block), *ctx.options))

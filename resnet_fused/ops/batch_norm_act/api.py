@@ -160,12 +160,12 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        saved: tuple[Any, ...] = ctx.saved_tensors
+        saved = ctx.saved_tensors
         output = saved[-1]
         training, eps, backend = ctx.options
         need_x, need_weight, need_bias, *_, need_residual = ctx.needs_input_grad[:7]
         masked = need_residual and output is not None
-        call = GradientCall(grads[0], *saved, training, eps, need_x, masked)
+        call = GradientCall._make((grads[0], *saved, training, eps, need_x, masked))
         dx: Tensor | None
         dresidual: Tensor | None
         if torch.is_grad_enabled():  # a second derivative: through aten, whose gradient is differentiable

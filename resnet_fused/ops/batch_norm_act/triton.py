@@ -23,6 +23,7 @@ from resnet_fused import backends
 from resnet_fused.ops.batch_norm_act.call import BatchNormCall, GradientCall, dense_format, empty_output
 from resnet_fused.ops.convbn import short_dtype
 
+_FUSION = {"enable_fp_fusion": True}  # the default of Triton changes
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -78,7 +79,7 @@ def statistics_kernel(
         count += n
     at = split.to(tl.int64) * C + c
     tl.store(partial + at, mean, mask=c < C)
-    tl.store(partial + splits.to(tl.int64) * C + at, squares, mask=c < C)
+    tl.store(partial + tl.cast(splits, tl.int64) * C + at, squares, mask=c < C)
 
 
 @triton.jit
@@ -172,7 +173,7 @@ def sums_kernel(
         weighted += tl.sum(tl.where(ok, g * (deviation * scale), 0.0), 0)
     at = split.to(tl.int64) * C + c
     tl.store(partial + at, plain, mask=c < C)
-    tl.store(partial + splits.to(tl.int64) * C + at, weighted, mask=c < C)
+    tl.store(partial + tl.cast(splits, tl.int64) * C + at, weighted, mask=c < C)
 
 
 @triton.jit
@@ -220,14 +221,11 @@ def run(call: BatchNormCall) -> tuple[Tensor, Tensor, Tensor]:
         plan = _Plan(x)
         mean, rstd = (torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
         partial = plan.partial()
-        config = plan.config
-        statistics_kernel[plan.reduction](
-            x, partial, *plan.sizes, plan.rows, plan.splits, **plan.constants, num_warps=config.warps
-        )
+        statistics_kernel[plan.reduction](x, partial, *plan.sizes, plan.rows, plan.splits, **plan.constants)
         batches = call.num_batches_tracked if call.momentum is None else None
         merge_kernel[(triton.cdiv(x.shape[1], MERGE_BLOCK),)](
             partial, mean, rstd, call.running_mean, call.running_var, batches, plan.sizes[0], x.shape[1],
-            plan.rows, plan.splits, float(call.momentum or 0.0), call.eps, BC=MERGE_BLOCK, num_warps=4,
+            plan.rows, plan.splits, float(call.momentum or 0.0), call.eps, BC=MERGE_BLOCK, num_warps=4, **_FUSION,
         )  # fmt: skip
         for written in (call.running_mean, call.running_var):
             if written is not None and not written.is_inference():
@@ -245,7 +243,7 @@ def apply(call: BatchNormCall, mean: Tensor, rstd: Tensor) -> Tensor:
         out = empty_output(x)
         apply_kernel[plan.tiles](
             x, mean, rstd, call.weight, call.bias, plan.laid_out(call.residual), out, *plan.sizes,
-            RELU=call.act == "relu", **plan.constants, num_warps=plan.config.warps,
+            RELU=call.act == "relu", **plan.constants,
         )  # fmt: skip
     return out
 
@@ -260,7 +258,7 @@ def backward(call: GradientCall) -> tuple[Tensor | None, Tensor, Tensor, Tensor 
         partial = plan.partial()
         sums_kernel[plan.reduction](
             grad, x, mean, rstd, output, partial, *plan.sizes, plan.rows, plan.splits,
-            **plan.constants, num_warps=plan.config.warps,
+            **plan.constants,
         )  # fmt: skip
         sums = partial.sum(1)  # [2, C], in a fixed order
         dx = empty_output(x) if call.need_x else None
@@ -268,7 +266,7 @@ def backward(call: GradientCall) -> tuple[Tensor | None, Tensor, Tensor, Tensor 
         if call.need_x or call.need_residual:
             gradient_kernel[plan.tiles](
                 grad, x, mean, rstd, call.weight, output, sums, dx, dresidual, *plan.sizes,
-                TRAINING=call.training, **plan.constants, num_warps=plan.config.warps,
+                TRAINING=call.training, **plan.constants,
             )  # fmt: skip
     return dx, sums[1].clone(), sums[0].clone(), dresidual
 
@@ -298,7 +296,7 @@ class _Plan:
         self.tiles = (tiles, columns)
         wide = pixels + self.rows + config.block_m >= 2**31
         self.constants: dict[str, Any] = {"CHANNELS_LAST": channels_last, "WIDE": wide}
-        self.constants |= {"BM": config.block_m, "BC": config.block_c}
+        self.constants |= {"BM": config.block_m, "BC": config.block_c, "num_warps": config.warps, **_FUSION}
 
     def partial(self) -> Tensor:
         return torch.empty(2, self.splits, self.sizes[1], dtype=torch.float32, device=self.x.device)
