@@ -78,7 +78,7 @@ def compile_variant(variant: NormVariant) -> CompiledNorm:
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name in ("C", "HW", "rows")
+        if signature[name].startswith("*") or (name in ("C", "HW", "rows") and name not in constants)
     }
     result = triton.compile(
         ASTSource(kernel, signature, constants, attrs), target=GPUTarget("cuda", variant.capability, 32),
