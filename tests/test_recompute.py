@@ -15,6 +15,7 @@ from resnet_fused.ops import residual_block
 from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.networks import randomise_norms
 from resnet_fused.testing.torchvision_compat import import_torchvision
+from resnet_fused.testing.training import saved_bytes
 
 torchvision = import_torchvision()
 tv = torchvision.models.resnet
@@ -93,23 +94,6 @@ def test_gradcheck(name: str, recompute: str) -> None:
         return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(call, (x, *values), fast_mode=True)
-
-
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes kept for the backward pass, each storage once; parameters and buffers not counted."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = model(x)
-    assert y.requires_grad
-    return sum(found.values())
 
 
 LIMITS = {None: (1.0, 1.0), "activations": (0.77, 0.85), "last_conv": (0.55, 0.55)}
