@@ -69,7 +69,7 @@ def digits(epochs: int, folder: Path, device: torch.device, out: Console) -> boo
 
 
 def draw(runs: dict[str, Run], title: str, path: Path) -> None:
-    """The loss of every step, all runs in one picture; eager broad and the others dashed, so that equal curves all show."""
+    """The loss of every step in one picture; eager broad, the others dashed, so that equal curves all show."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -59,7 +59,7 @@ def fuse(
         memory_format: strides of the fused convolutions' weights: torch.channels_last, as kernels read them, or
             torch.preserve_format. Values and Parameter objects stay the same.
         recompute: None, "activations" or "last_conv": what the blocks compute again in the backward pass instead of
-            keeping it, as in FusedBottleneck. A block with nn.SyncBatchNorm in training mode keeps everything.
+            keeping it, as in FusedBottleneck. A block with nn.SyncBatchNorm keeps all where processes are several.
         generic: also fuse convolution → batch norm (→ sum) (→ ReLU) and sum → ReLU in the forwards of all other
             modules, traced with torch.fx one by one: heads, necks, other networks than ResNets. No other thread may
             run a model meanwhile. ``filter_fn`` is then also called with each convolution, or the module of a sum, and

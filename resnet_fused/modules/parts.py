@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 
 from resnet_fused.ops.batch_norm_act import api as batch_norm_act
+from resnet_fused.ops.batch_norm_act import sync
 from resnet_fused.ops.batch_norm_act.call import BatchNormCall
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.convbn import ConvBN
 from resnet_fused.ops.residual_block import RECOMPUTE, ConvNorm
 
-# With the batch's statistics in training mode; SyncBatchNorm's are those of all processes, so it is called itself.
+# With the batch's statistics in training mode; SyncBatchNorm's are those of all processes.
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 # Classes that normalise with given statistics, in training mode too: buffers weight, bias, running_mean, running_var
@@ -109,8 +110,8 @@ def batch_statistics_step(
 ) -> Tensor:
     """A bypassable pair with the batch's statistics: the convolution, then batch norm, residual and ReLU as one op."""
     y: Tensor = conv(x)
-    if type(norm) is not nn.BatchNorm2d:
-        y = norm(y)
+    if asks_others(norm):
+        y = _synchronised(y, norm)
         if residual is not None:
             y += residual
         return torch.relu_(y) if act == "relu" else y
@@ -121,6 +122,24 @@ def batch_statistics_step(
     if residual is not None:
         residual = residual.to(y.dtype)  # as eager's sum in place
     return batch_norm_act.call_op(norm_call(y, norm, act, residual), training_backend(backend))
+
+
+def asks_others(norm: nn.Module) -> bool:
+    """Whether ``norm`` takes the statistics of several processes."""
+    return type(norm) is nn.SyncBatchNorm and norm.training and sync.processes(norm.process_group) > 1
+
+
+def _synchronised(x: Tensor, norm: Any) -> Tensor:
+    """nn.SyncBatchNorm itself, or what it would do on a CPU, which it refuses."""
+    if x.device.type != "cpu" or x.dim() != 4:
+        return norm(x)  # type: ignore[no-any-return]
+    call = norm_call(x, norm, "none", None)
+    if call.num_batches_tracked is not None:
+        call.num_batches_tracked.add_(1)
+    factor = 1.0 / float(call.num_batches_tracked) if call.momentum is None else call.momentum  # type: ignore[arg-type]
+    return sync.sync_batch_norm(
+        x, call.weight, call.bias, call.running_mean, call.running_var, call.eps, factor, norm.process_group
+    )  # fmt: skip
 
 
 def norm_call(x: Tensor, norm: Any, act: str, residual: Tensor | None) -> BatchNormCall:
@@ -137,7 +156,7 @@ def norm_call(x: Tensor, norm: Any, act: str, residual: Tensor | None) -> BatchN
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module) -> ConvNorm | None:
     """A bypassable pair as data, in whichever mode its norm is; None where the norm asks other processes."""
-    if type(norm) is nn.SyncBatchNorm and norm.training:
+    if asks_others(norm):
         return None
     call = norm_call(conv.weight, norm, "none", None)
     stride: Any = conv.stride
