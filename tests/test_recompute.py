@@ -147,6 +147,27 @@ def test_running_statistics_move_once(recompute: str, momentum: float | None) ->
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
+@pytest.mark.parametrize("recompute", [None, *RECOMPUTE])
+def test_statistics_that_are_not_tracked_any_more_stay(recompute: str | None) -> None:
+    """As nn.BatchNorm2d does where track_running_stats is turned off on a norm that has buffers."""
+    eager = randomise_norms(BLOCKS["basic"]()).double().train()
+    eager.bn1.track_running_stats = False  # type: ignore[union-attr,assignment]
+    x = torch.randn(3, 8, 6, 6, dtype=torch.float64)
+    ours, theirs = step(rf.fuse(eager, recompute=recompute), x), step(eager, x)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_sync_batch_norm_alone_is_batch_norm(recompute: str) -> None:
+    """In a single process, as in eager."""
+    eager = nn.SyncBatchNorm.convert_sync_batchnorm(randomise_norms(BLOCKS["bottleneck-stride2"]()).double().train())
+    x = torch.randn(3, 8, 6, 6, dtype=torch.float64)
+    ours, theirs = step(rf.fuse(eager, recompute=recompute, strict=True), x), step(eager, x)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value)
+
+
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_autocast(recompute: str) -> None:
     block = randomise_norms(BLOCKS["bottleneck-stride2"]()).train()
