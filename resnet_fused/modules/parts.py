@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 
+from resnet_fused.modules.known import FROZEN_NORMS, NORMED_CONVS, name_of
 from resnet_fused.ops.batch_norm_act import api as batch_norm_act
 from resnet_fused.ops.batch_norm_act import sync
 from resnet_fused.ops.batch_norm_act.call import BatchNormCall
@@ -22,14 +23,18 @@ from resnet_fused.ops.residual_block import RECOMPUTE, ConvNorm
 # With the batch's statistics in training mode; SyncBatchNorm's are those of all processes.
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
-# Classes that normalise with given statistics, in training mode too: buffers weight, bias, running_mean, running_var
-# and an attribute eps. Known by name, so that their packages need not be installed.
-FROZEN_NORMS = frozenset({("torchvision.ops.misc", "FrozenBatchNorm2d")})
-
 
 def is_frozen_norm(cls: type) -> bool:
     """Whether ``cls`` is a FrozenBatchNorm2d that we know."""
-    return cls.__name__ == "FrozenBatchNorm2d" and (cls.__module__, "FrozenBatchNorm2d") in FROZEN_NORMS
+    return name_of(cls) in FROZEN_NORMS
+
+
+def is_plain_conv(conv: nn.Module | None) -> bool:
+    """Whether ``conv`` computes nn.Conv2d's convolution, and behind it at most a norm of its own."""
+    if type(conv) is nn.Conv2d:
+        return True
+    known: Any = conv
+    return name_of(type(conv)) in NORMED_CONVS and known.activation is None
 
 
 def touched(module: nn.Module) -> bool:
@@ -58,8 +63,10 @@ def watched() -> bool:
 
 def bypassable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
     """Whether the pair is a plain Conv2d and batch norm that nobody watches."""
-    if type(conv) is not nn.Conv2d or touched(conv) or norm is None or touched(norm):
+    if not isinstance(conv, nn.Conv2d) or not is_plain_conv(conv) or touched(conv) or norm is None or touched(norm):
         return False
+    if type(conv) is not nn.Conv2d and conv._modules.get("norm", norm) not in (None, norm):
+        return False  # it calls a norm of its own before this one
     if conv.padding_mode != "zeros" or (conv.padding == "same" and _same(conv) is None):
         return False
     if type(norm) in BATCH_NORMS:
@@ -89,8 +96,7 @@ def with_statistics(conv: nn.Conv2d, norm: nn.Module) -> ConvBN | None:
     mean, var = buffers["running_mean"], buffers["running_var"]
     if mean is None or var is None:
         return None
-    eps: Any = norm.eps
-    geometry: Any = (eps, conv.stride, padding, conv.dilation, conv.groups)
+    geometry: Any = (_eps(norm), conv.stride, padding, conv.dilation, conv.groups)
     if "weight" in weights and "weight" in vectors:
         return ConvBN(weights["weight"], weights["bias"], vectors["weight"], vectors["bias"], mean, var, *geometry)
     replica: Any = norm  # DataParallel's replicas hold plain attributes
@@ -109,7 +115,7 @@ def batch_statistics_step(
     x: Tensor, conv: nn.Module, norm: nn.Module, act: str, residual: Tensor | None, backend: str
 ) -> Tensor:
     """A bypassable pair with the batch's statistics: the convolution, then batch norm, residual and ReLU as one op."""
-    y: Tensor = conv(x)
+    y: Tensor = nn.Conv2d.forward(conv, x)  # type: ignore[arg-type]
     if asks_others(norm):
         y = _synchronised(y, norm)
         if residual is not None:
@@ -122,6 +128,11 @@ def batch_statistics_step(
     if residual is not None:
         residual = residual.to(y.dtype)  # as eager's sum in place
     return batch_norm_act.call_op(norm_call(y, norm, act, residual), training_backend(backend))
+
+
+def _eps(norm: Any) -> float:
+    fixed = FROZEN_NORMS.get(name_of(type(norm)))
+    return norm.eps if fixed is None else fixed
 
 
 def asks_others(norm: nn.Module) -> bool:
@@ -151,7 +162,7 @@ def norm_call(x: Tensor, norm: Any, act: str, residual: Tensor | None) -> BatchN
         mean = var = count = None
     if momentum is None and count is None:
         momentum = 0.0
-    return BatchNormCall(x, norm.weight, norm.bias, mean, var, count, residual, training, momentum, norm.eps, act)
+    return BatchNormCall(x, norm.weight, norm.bias, mean, var, count, residual, training, momentum, _eps(norm), act)
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module) -> ConvNorm | None:
