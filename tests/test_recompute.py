@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fused as rf
+from resnet_fused import backends
 from resnet_fused.ops import residual_block
 from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.networks import randomise_norms
@@ -81,6 +82,18 @@ def test_to_the_bit_what_is_kept_otherwise(name: str, recompute: str) -> None:
     plain, less = step(rf.fuse(eager), x), step(rf.fuse(eager, recompute=recompute), x)
     for key, value in plain.items():
         assert torch.equal(value, less[key]), key
+
+
+@pytest.mark.skipif(backends.unavailable("triton") is not None, reason=str(backends.unavailable("triton")))
+@pytest.mark.parametrize("name", ["basic-stride2", "bottleneck"])
+def test_by_triton(name: str) -> None:
+    eager = randomise_norms(BLOCKS[name]()).train()
+    x = torch.randn(3, next(eager.parameters()).shape[1], 10, 8).contiguous(memory_format=torch.channels_last)
+    plain, *others = (step(rf.fuse(eager, backend="triton", recompute=r), x) for r in (None, *RECOMPUTE))
+    for less in others:
+        for key, value in plain.items():
+            assert torch.equal(value, less[key]), key
+    within_budget(plain, eager, x)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)

@@ -116,14 +116,11 @@ def batch_statistics_step(
 ) -> Tensor:
     """A bypassable pair with the batch's statistics: the convolution, then batch norm, residual and ReLU as one op."""
     y: Tensor = nn.Conv2d.forward(conv, x)  # type: ignore[arg-type]
-    if asks_others(norm):
-        y = _synchronised(y, norm)
+    same = residual is None or residual.shape == y.shape
+    if asks_others(norm) or y.dim() != 4 or not same:  # unbatched: nn.BatchNorm2d says it
+        y = _synchronised(y, norm) if asks_others(norm) else norm(y)
         if residual is not None:
-            y += residual
-        return torch.relu_(y) if act == "relu" else y
-    if y.dim() != 4 or (residual is not None and residual.shape != y.shape):  # unbatched: nn.BatchNorm2d says it
-        y = norm(y)
-        y = y if residual is None else y + residual
+            y = y.add_(residual) if same else y + residual
         return torch.relu_(y) if act == "relu" else y
     if residual is not None:
         residual = residual.to(y.dtype)  # as eager's sum in place
