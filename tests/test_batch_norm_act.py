@@ -432,3 +432,31 @@ def test_one_value_per_channel_says_what_batch_norm_says() -> None:
     with pytest.raises(ValueError) as mine:
         functional.batch_norm_act(x, None, None, None, None)
     assert str(mine.value) == str(theirs.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_move_once_per_replay_of_a_cuda_graph(momentum: float | None) -> None:
+    norm = nn.BatchNorm2d(24, momentum=momentum).cuda()
+    other, warm = copy.deepcopy(norm), copy.deepcopy(norm)
+    x = torch.randn(4, 24, 7, 5, device="cuda").contiguous(memory_format=torch.channels_last)
+
+    def call(norm: nn.BatchNorm2d) -> Tensor:
+        return functional.batch_norm_act(
+            x, norm.weight, norm.bias, norm.running_mean, norm.running_var, momentum=momentum,
+            num_batches_tracked=norm.num_batches_tracked,
+        )  # fmt: skip
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        call(warm)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        call(norm)
+    for _ in range(3):
+        graph.replay()
+        other(x)
+    for ours_, theirs in zip(norm.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(ours_, theirs)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 
+from resnet_fused import backends
 from resnet_fused.modules.known import FROZEN_NORMS, NORMED_CONVS, name_of
 from resnet_fused.ops.batch_norm_act import api as batch_norm_act
 from resnet_fused.ops.batch_norm_act import sync
@@ -117,14 +118,16 @@ def batch_statistics_step(
     """A bypassable pair with the batch's statistics: the convolution, then batch norm, residual and ReLU as one op."""
     y: Tensor = nn.Conv2d.forward(conv, x)  # type: ignore[arg-type]
     same = residual is None or residual.shape == y.shape
-    if asks_others(norm) or y.dim() != 4 or not same:  # unbatched: nn.BatchNorm2d says it
+    backend = training_backend(backend)
+    eager = backend == backends.AUTO and y.device.type == "cpu"  # nothing is quicker there
+    if eager or asks_others(norm) or y.dim() != 4 or not same:  # unbatched: nn.BatchNorm2d says it
         y = _synchronised(y, norm) if asks_others(norm) else norm(y)
         if residual is not None:
             y = y.add_(residual) if same else y + residual
         return torch.relu_(y) if act == "relu" else y
     if residual is not None:
         residual = residual.to(y.dtype)  # as eager's sum in place
-    return batch_norm_act.call_op(norm_call(y, norm, act, residual), training_backend(backend))
+    return batch_norm_act.call_op(norm_call(y, norm, act, residual), backend)
 
 
 def _eps(norm: Any) -> float:
