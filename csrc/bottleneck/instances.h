@@ -7,7 +7,7 @@
   X(element##_mid64_c256_resident, element, 64, 256, 1, false, 8, 16, 3, 0, 2, 1)      \
   X(element##_mid64_c256, element, 64, 256, 1, false, 8, 16, 3, 3, 2, 2)               \
   X(element##_mid64_c64_project_resident, element, 64, 64, 1, true, 8, 16, 3, 0, 1, 1) \
-  X(element##_mid64_c64_project, element, 64, 64, 1, true, 8, 16, 3, 3, 1, 2)          \
+  X(element##_mid64_c64_project, element, 64, 64, 1, true, 8, 16, 3, 3, 1, 1)          \
   X(element##_mid64_c256_project, element, 64, 256, 1, true, 8, 16, 3, 3, 2, 1)        \
   X(element##_mid128_c512, element, 128, 512, 1, false, 8, 16, 3, 3, 2, 1)             \
   X(element##_mid128_c512_small, element, 128, 512, 1, false, 8, 8, 2, 2, 2, 1)        \

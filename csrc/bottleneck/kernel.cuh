@@ -14,6 +14,9 @@ template <class T, class Tile>
 class Block {
   static constexpr int kSpan = Tile::MID / kWarpsN;  // a warp's output channels of a chunk of weights
   static constexpr int kGroups = kSpan / 32;
+  // x is read again under the products of the last convolution; where two blocks share the registers, after them: the
+  // other block hides the latency.
+  static constexpr bool kEarlyResidual = !Tile::PROJECT && Tile::BLOCKS == 1;
   using Eight = Vector<T, 8>;
 
  public:
@@ -21,10 +24,7 @@ class Block {
       : args_(args),
         shared_(dynamic_shared()),
         weights_(args, shared_ + Tile::kWeights, block_x()),
-        input_(args, shared_ + Tile::kX, block_x()),
-        lane_(thread_x() % 32),
-        warp_m_(thread_x() / 32 % kWarpsM),
-        warp_n_(thread_x() / 32 / kWarpsM) {}
+        input_(args, shared_ + Tile::kX, block_x()) {}
 
   RF_DEVICE void run() {
     for (int i = 0; i < Tile::X_SLOTS; ++i) input_.next();
@@ -54,11 +54,12 @@ class Block {
       SharedAddress offset[Tile::kHaloTiles];
       RF_UNROLL
       for (int i = 0; i < Tile::kHaloTiles; ++i) {
-        const int own = halo_row(i) + lane_ % 16;
+        const int own = halo_row(i) + lane() % 16;
         const int inside = own < last ? own : last;  // rows past the halo: any will do, they are not stored
-        offset[i] = chunk_at(inside, lane_ / 16, inside & 7);
+        offset[i] = chunk_at(inside, lane() / 16, inside & 7);
       }
       Sums<Tile::kHaloTiles, Tile::kTilesN> sums = {};
+      RF_ROLLED
       for (int slice = 0; slice < Tile::kSlicesX; ++slice) {
         arrive<Tile::kPending1>();
         if (pass + slice > 0) input_.next();
@@ -76,7 +77,7 @@ class Block {
         for (int i = 0; i < Tile::kHaloTiles; ++i) {
           RF_UNROLL
           for (int half = 0; half < 2; ++half) {
-            const int pixel = first + halo_row(i) + lane_ / 4 + half * 8;
+            const int pixel = first + halo_row(i) + lane() / 4 + half * 8;
             if (pixel >= Tile::kHalo) continue;
             const int h = place.p0 * Tile::STRIDE - 1 + pixel / Tile::kHaloW;
             const int w = place.q0 * Tile::STRIDE - 1 + pixel % Tile::kHaloW;
@@ -96,11 +97,12 @@ class Block {
     int corner[Tile::kTilesM];  // the halo pixel under the filter's first tap
     RF_UNROLL
     for (int i = 0; i < Tile::kTilesM; ++i) {
-      const int own = row(i) + lane_ % 16;
+      const int own = row(i) + lane() % 16;
       const int pixel = own < Tile::kPixels ? own : 0;
       corner[i] = (pixel / Tile::TILE_W * Tile::kHaloW + pixel % Tile::TILE_W) * Tile::STRIDE;
     }
     Sums<Tile::kTilesM, Tile::kTilesN> sums = {};
+    RF_ROLLED
     for (int tap = 0; tap < 9; ++tap) {
       RF_UNROLL
       for (int slice = 0; slice < Tile::kSlices; ++slice) {
@@ -116,7 +118,7 @@ class Block {
         RF_UNROLL
         for (int i = 0; i < Tile::kTilesM; ++i) {
           const int pixel = corner[i] + tap / 3 * Tile::kHaloW + tap % 3;
-          a[i] = shared_ + Tile::kHidden + slice * Tile::kHiddenSlice + chunk_at(pixel, lane_ / 16, halo_key(pixel));
+          a[i] = shared_ + Tile::kHidden + slice * Tile::kHiddenSlice + chunk_at(pixel, lane() / 16, halo_key(pixel));
         }
         multiply<T>(sums, a, weights());
       }
@@ -129,7 +131,7 @@ class Block {
       for (int i = 0; i < Tile::kTilesM; ++i) {
         RF_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const int pixel = row(i) + lane_ / 4 + half * 8;
+          const int pixel = row(i) + lane() / 4 + half * 8;
           store_shared(hidden(channel(group), pixel, pixel & 7), rectified(sums, affine, i, group, half));
         }
       }
@@ -145,14 +147,28 @@ class Block {
     SharedAddress hidden_row[Tile::kTilesM], centre_row[Tile::kTilesM];
     RF_UNROLL
     for (int i = 0; i < Tile::kTilesM; ++i) {
-      const int own = row(i) + lane_ % 16;
+      const int own = row(i) + lane() % 16;
       const int pixel = own < Tile::kPixels ? own : 0;
-      hidden_row[i] = shared_ + Tile::kHidden + chunk_at(own, lane_ / 16, own & 7);
-      centre_row[i] = shared_ + Tile::kCentre + chunk_at(pixel, lane_ / 16, pixel & 7);
+      hidden_row[i] = shared_ + Tile::kHidden + chunk_at(own, lane() / 16, own & 7);
+      centre_row[i] = shared_ + Tile::kCentre + chunk_at(pixel, lane() / 16, pixel & 7);
     }
+    RF_ROLLED
     for (int part = 0; part < Tile::kParts; ++part) {
       Eight residual[Tile::kTilesM][2][kGroups] = {};
-      if constexpr (!Tile::PROJECT) load_residual(residual, place, part);
+      if constexpr (kEarlyResidual) {
+        RF_UNROLL
+        for (int i = 0; i < Tile::kTilesM; ++i) {
+          RF_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const Pixel pixel(args_, place, row(i) + lane() / 4 + half * 8);
+            if (!pixel.inside) continue;
+            RF_UNROLL
+            for (int group = 0; group < kGroups; ++group) {
+              residual[i][half][group] = load_residual(place, pixel, part * Tile::MID + channel(group));
+            }
+          }
+        }
+      }
       Sums<Tile::kTilesM, Tile::kTilesN> sums = {};
       RF_UNROLL
       for (int slice = 0; slice < Tile::kSlices; ++slice) {
@@ -165,6 +181,7 @@ class Block {
       Sums<Tile::kTilesM, Tile::kTilesN> projected = {};
       if constexpr (Tile::PROJECT) {
         normalize(sums, part);
+        RF_ROLLED
         for (int slice = 0; slice < Tile::kSlicesX; ++slice) {
           next_weights();
           SharedAddress a[Tile::kTilesM];
@@ -177,21 +194,20 @@ class Block {
     }
   }
 
-  template <class Residual>
-  RF_DEVICE void load_residual(Residual& residual, const Place<Tile>& place, int part) const {
+  // A pixel of the tile as a pixel of the output, and whether the image has it.
+  struct Pixel {
+    int p, q;
+    bool inside;
+
+    RF_DEVICE Pixel(const Args& args, const Place<Tile>& place, int index)
+        : p(place.p0 + index / Tile::TILE_W),
+          q(place.q0 + index % Tile::TILE_W),
+          inside(index < Tile::kPixels && p < args.p && q < args.q) {}
+  };
+
+  RF_DEVICE Eight load_residual(const Place<Tile>& place, const Pixel& pixel, int channel) const {
     const T* image = static_cast<const T*>(args_.x) + place.n * args_.x_stride_n;
-    RF_UNROLL
-    for (int i = 0; i < Tile::kTilesM; ++i) {
-      RF_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int pixel = row(i) + lane_ / 4 + half * 8;
-        const int p = place.p0 + pixel / Tile::TILE_W, q = place.q0 + pixel % Tile::TILE_W;
-        if (pixel >= Tile::kPixels || p >= args_.p || q >= args_.q) continue;
-        const T* from = image + (p * args_.x_stride_h + q * args_.x_stride_w + part * Tile::MID);
-        RF_UNROLL
-        for (int group = 0; group < kGroups; ++group) residual[i][half][group] = load_global<Eight>(from + channel(group));
-      }
-    }
+    return load_global<Eight>(image + (pixel.p * args_.x_stride_h + pixel.q * args_.x_stride_w + channel));
   }
 
   // The third batch norm on sums that still wait for the projection.
@@ -222,10 +238,10 @@ class Block {
       for (int i = 0; i < Tile::kTilesM; ++i) {
         RF_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const int pixel = row(i) + lane_ / 4 + half * 8;
-          const int p = place.p0 + pixel / Tile::TILE_W, q = place.q0 + pixel % Tile::TILE_W;
-          if (pixel >= Tile::kPixels || p >= args_.p || q >= args_.q) continue;
-          Eight result;
+          const Pixel pixel(args_, place, row(i) + lane() / 4 + half * 8);
+          if (!pixel.inside) continue;
+          Eight addend = residual[i][half][group], result;
+          if constexpr (!Tile::PROJECT && !kEarlyResidual) addend = load_residual(place, pixel, first);
           RF_UNROLL
           for (int e = 0; e < 8; ++e) {
             const int tile = group * 4 + e / 2, at = half * 2 + e % 2;
@@ -233,11 +249,11 @@ class Block {
             if constexpr (Tile::PROJECT) {
               y = sums[i][tile][at] + affine.apply(projected[i][tile][at], e);
             } else {
-              y = affine.apply(sums[i][tile][at], e) + to_float(residual[i][half][group].at[e]);
+              y = affine.apply(sums[i][tile][at], e) + to_float(addend.at[e]);
             }
             result.at[e] = from_float<T>(relu(y));
           }
-          const int64_t at = (static_cast<int64_t>(place.n) * args_.p + p) * args_.q + q;
+          const int64_t at = (static_cast<int64_t>(place.n) * args_.p + pixel.p) * args_.q + pixel.q;
           store_global(static_cast<T*>(args_.out) + (at * Tile::COUT + first), result);
         }
       }
@@ -269,12 +285,15 @@ class Block {
   RF_DEVICE SharedAddress weights() {
     const SharedAddress slot = shared_ + Tile::kWeights + w_slot_ * Tile::kChunkBytes;
     w_slot_ = w_slot_ + 1 == Tile::W_SLOTS ? 0 : w_slot_ + 1;
-    return slot + warp_n_ * kSpan * kRowBytes;
+    return slot + warp_n() * kSpan * kRowBytes;
   }
 
-  RF_DEVICE int row(int tile) const { return (warp_m_ * Tile::kTilesM + tile) * 16; }
-  RF_DEVICE int halo_row(int tile) const { return (warp_m_ * Tile::kHaloTiles + tile) * 16; }
-  RF_DEVICE int channel(int group) const { return warp_n_ * kSpan + group * 32 + lane_ % 4 * 8; }
+  RF_DEVICE static int lane() { return thread_x() % 32; }
+  RF_DEVICE static int warp_m() { return thread_x() / 32 % kWarpsM; }
+  RF_DEVICE static int warp_n() { return thread_x() / 32 / kWarpsM; }
+  RF_DEVICE static int row(int tile) { return (warp_m() * Tile::kTilesM + tile) * 16; }
+  RF_DEVICE static int halo_row(int tile) { return (warp_m() * Tile::kHaloTiles + tile) * 16; }
+  RF_DEVICE static int channel(int group) { return warp_n() * kSpan + group * 32 + lane() % 4 * 8; }
   // With stride 2, rows that are read at once lie two apart.
   RF_DEVICE static int halo_key(int pixel) { return (Tile::STRIDE == 2 ? pixel >> 1 : pixel) & 7; }
 
@@ -297,7 +316,6 @@ class Block {
   SharedAddress shared_;
   WeightStream<T, Tile> weights_;
   InputStream<T, Tile> input_;
-  int lane_, warp_m_, warp_n_;
   int w_slot_ = 0, x_slot_ = 0;  // of the step that comes next
 };
 

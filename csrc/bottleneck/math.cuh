@@ -20,7 +20,7 @@ template <class T, int TILES_M, int TILES_N>
 RF_DEVICE void multiply(Sums<TILES_M, TILES_N>& sums, const SharedAddress (&a)[TILES_M], SharedAddress b) {
   const int lane = thread_x() % 32;
   const SharedAddress b_row = b + chunk_at(lane % 8 / 2 * 8 + lane % 2 + lane / 16 * 2, lane / 8 % 2, lane % 8);
-  RF_UNROLL
+  RF_UNROLL_TWICE  // unrolled further, the loads run so far ahead that registers spill
   for (int pair = 0; pair < kDepth / 16; ++pair) {
     uint32_t left[TILES_M][4];
     RF_UNROLL

@@ -62,7 +62,7 @@ class WeightStream {
   RF_DEVICE static void copy(SharedAddress slot, const void* weight, int pitch, int offset) {
     const int chunk = thread_x() % 8;
     const T* from = static_cast<const T*>(weight) + (offset + chunk * 8);
-    RF_UNROLL
+    RF_ROLLED
     for (int i = 0; i < Tile::MID; i += kThreads / 8) {
       const int row = i + thread_x() / 8;
       async_copy<16>(slot + chunk_at(row, chunk, weight_key(row)), from + row * pitch, true);
