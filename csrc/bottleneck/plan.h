@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -28,6 +29,7 @@ struct KernelInfo {
   int tile_h, tile_w, halo_h, halo_w, rows, pass_rows, passes;
   int steps, chunk_bytes;
   int shared_bytes, blocks;
+  std::array<int, 10> parameters;  // of the template
 };
 
 // Bytes of shared memory: what a block may have, what a multiprocessor has.
@@ -59,13 +61,13 @@ struct fp16 {
 };
 
 template <class E, class Tile>
-constexpr KernelInfo describe(const char* name) {
+constexpr KernelInfo describe(const char* name, const std::array<int, 10>& parameters) {
   return {name,           E::kElement,      Tile::MID,       Tile::CIN,          Tile::STRIDE,      Tile::PROJECT,
           Tile::RESIDENT, Tile::TILE_H,     Tile::TILE_W,    Tile::kHaloH,       Tile::kHaloW,      Tile::kRows,
-          Tile::kPassRows, Tile::kPasses,   Tile::kSteps,    Tile::kChunkBytes,  Tile::kSharedBytes, Tile::BLOCKS};
+          Tile::kPassRows, Tile::kPasses,   Tile::kSteps,    Tile::kChunkBytes,  Tile::kSharedBytes, Tile::BLOCKS, parameters};
 }
 
-#define RF_BOTTLENECK_INFO(name, type, ...) describe<type, Tile<__VA_ARGS__>>(#name),
+#define RF_BOTTLENECK_INFO(name, type, ...) describe<type, Tile<__VA_ARGS__>>(#name, {__VA_ARGS__}),
 inline constexpr KernelInfo kKernels[] = {RF_BOTTLENECK_KERNELS(RF_BOTTLENECK_INFO)};
 #undef RF_BOTTLENECK_INFO
 }  // namespace detail
@@ -97,6 +99,34 @@ inline Kernel kernel_for(const Shape& shape, int shared_limit, const char** refu
              : choice == Kernel::kCount ? "this device's shared memory does not hold the block"
                                         : "the kernel asked for does not fit the problem or the device";
   return Kernel::kCount;
+}
+
+// One of the block's convolutions, by its sizes.
+struct ConvShape {
+  std::array<int64_t, 4> weight;
+  std::array<int64_t, 2> stride, padding, dilation;
+  int64_t groups;
+};
+
+// Reads the block as a Shape; null, or why it is none that a kernel could be for.
+inline const char* read_shape(Shape& shape, int64_t cin, const ConvShape (&convs)[3], const ConvShape* shortcut) {
+  const auto is = [](const ConvShape& conv, int64_t filter, int64_t stride) {
+    const int64_t pad = filter / 2;
+    return conv.weight[2] == filter && conv.weight[3] == filter && conv.stride[0] == stride &&
+           conv.stride[1] == stride && conv.padding[0] == pad && conv.padding[1] == pad && conv.dilation[0] == 1 &&
+           conv.dilation[1] == 1 && conv.groups == 1;
+  };
+  const int64_t stride = convs[1].stride[0], mid = convs[1].weight[0], cout = convs[2].weight[0];
+  if (!is(convs[0], 1, 1) || !is(convs[1], 3, stride) || !is(convs[2], 1, 1)) {
+    return "its whole-block kernels are for 1x1, 3x3 and 1x1 convolutions without groups or dilation";
+  }
+  if (shortcut && !is(*shortcut, 1, stride)) return "the shortcut is not a 1x1 convolution with the block's stride";
+  if (convs[0].weight[0] != mid || cin > 65536 || mid > 65536 || cout > 65536) {
+    return "no whole-block kernel has these channels, stride and shortcut";
+  }
+  shape.cin = static_cast<int>(cin), shape.mid = static_cast<int>(mid), shape.cout = static_cast<int>(cout);
+  shape.stride = static_cast<int>(stride), shape.project = shortcut != nullptr;
+  return nullptr;
 }
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
