@@ -22,7 +22,7 @@ demo: $(VENV)/.bench
 	$(BIN)/resnet-fused demo --out $(OUT)
 
 test: ext
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist=worksteal
 
 # What has not changed is not compiled again; without nvcc or a compiler one line says so. MAX_JOBS bounds the jobs.
 ext: $(VENV)/.dev

@@ -11,6 +11,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, so it stands before every test
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: the cores are shared out among them
+    os.environ["OMP_NUM_THREADS"] = "1"  # for those that it starts
+    torch.set_num_threads(1)
+
 hypothesis.settings.register_profile(
     "default", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )

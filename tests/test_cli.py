@@ -337,7 +337,7 @@ def test_timing_takes_turns():
     calls: list[str] = []
     candidates = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
     timings = interleaved(candidates, device=torch.device("cpu"), repeats=3, warmup=1, min_seconds=0)
-    assert "".join(calls) == "aabb" + "ab" * 3
+    assert "".join(calls) == "aabb" + "aabb" * 3  # each turn: once untimed, once timed
     assert [len(t.samples) for t in timings.values()] == [3, 3]
     assert Timing((1.0, 2.0, 3.0, 4.0, 5.0, 6.0)).p20 == 2.0
     short = interleaved(candidates, device=torch.device("cpu"), repeats=9, min_seconds=0, max_seconds=0)

@@ -14,7 +14,7 @@ from resnet_fused.testing.networks import randomise_norms
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Batch sizes that the max-pool of the network is called with, sub-batches of two images each."""
-    monkeypatch.setattr(depth_first, "BYTES", 2 * 64 * 16 * 16 * 4)
+    monkeypatch.setattr(depth_first, "BYTES", 2 * 3 * 64 * 16 * 16 * 4)
     return []
 
 

@@ -45,7 +45,8 @@ def same_state(a, b):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_torchvision_models(name):
     torch.manual_seed(0)
-    eager = randomise_norms(getattr(torchvision.models, name)(num_classes=5)).eval()
+    # A hundred outputs, for the budget is twice eager's worst error, and the worst of a few is a matter of luck.
+    eager = randomise_norms(getattr(torchvision.models, name)(num_classes=50)).eval()
     keys = list(eager.state_dict())
     fused = rf.fuse(eager)
     report = rf.report(fused)
@@ -54,7 +55,7 @@ def test_torchvision_models(name):
     assert report["stem"].kind == "stem"
     assert list(fused.state_dict()) == keys
     assert all(torch.equal(a, b) for a, b in zip(fused.state_dict().values(), eager.state_dict().values(), strict=True))
-    x = image(1, 64)
+    x = image(2, 64)
     result = compare(fused, eager, x)
     assert result.ok, result
     with torch.no_grad():

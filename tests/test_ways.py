@@ -96,7 +96,8 @@ def test_warmup_packs_weights():
     from resnet_fused.ops import packed
 
     packed.clear()
-    rf.warmup(fused_model(), image())
+    model = fused_model()
+    rf.warmup(model, image())
     assert sum(map(len, packed.CACHES)) > 0 or not torch.backends.mkldnn.is_available()
 
 

@@ -1,11 +1,13 @@
 """Running a large batch through a whole network a few images at a time, on the CPU.
 
-Block by block, each tensor between two blocks holds the whole batch: too large for the cache, and above 32 MB mapped
-afresh by the allocator every time. Depth first, a sub-batch goes from the stem to the pooled features before the next.
+Block by block, each tensor between two blocks holds the whole batch: too large for the cache, and given back to the
+system when it is freed, so that every use pays for its page faults. Depth first, a sub-batch goes from the stem to the
+pooled features before the next, in buffers that the heap keeps.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,9 +15,11 @@ from torch import Tensor, nn
 
 from resnet_fused.modules import parts
 from resnet_fused.modules.block import FusedBlock
+from resnet_fused.ops import workspace
 
-# The stem's output, the largest tensor of a ResNet, for one sub-batch.
-BYTES = 28 << 20
+# What one sub-batch may hold at a time: a layer's input, its output and what stands between. Twice as much brings
+# nothing, half as much makes the matrix products of the last stage small.
+BYTES = 18 << 20
 
 _PER_IMAGE = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Identity)
 
@@ -28,24 +32,44 @@ def run(function: Callable[[Tensor], Tensor], x: Tensor, stem: nn.Conv2d, layers
 
     Args:
         function: from images ``[N, ...]`` to features ``[N, ...]``.
-        stem: the first convolution; its output tells the size of the largest tensor.
+        stem: the first convolution.
         layers: all modules that ``function`` runs behind the stem.
     """
-    size = _images(x, stem)
-    if size >= x.shape[0] or not all(_apart(m) for layer in layers for m in _steps(layer)):
+    if not _may_split(x):
         return function(x)
-    return torch.cat([function(part) for part in x.split(size)])
+    workspace.adapt_heap(BYTES)
+    steps = [step for layer in layers for step in _steps(layer)]
+    n = x.shape[0]
+    parts_needed = -(-n // max(1, BYTES // _bytes_per_image(x, stem, steps)))
+    if parts_needed < 2 or not all(map(_apart, steps)):
+        return function(x)
+    return torch.cat([function(part) for part in x.split(-(-n // parts_needed))])
 
 
-def _images(x: Tensor, stem: nn.Conv2d) -> int:
-    """How many images to take at a time."""
-    n = x.shape[0] if x.dim() == 4 else 0
-    if n < 2 or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return n
+def _may_split(x: Tensor) -> bool:
+    whole = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not whole and x.device.type == "cpu" and x.dim() == 4 and x.shape[0] > 1
+
+
+def _bytes_per_image(x: Tensor, stem: nn.Conv2d, steps: Iterable[nn.Module]) -> int:
+    """The most that one image holds at a time, borders left out of account."""
     pixels = x.shape[2] * x.shape[3] // (stem.stride[0] * stem.stride[1])
-    limit = max(1, BYTES // max(1, stem.out_channels * pixels * x.element_size()))
-    parts_needed = -(-n // limit)
-    return -(-n // parts_needed)
+    channels = stem.out_channels
+    most = pixels * channels
+    for step in steps:
+        if isinstance(step, nn.MaxPool2d):
+            before, pixels = pixels * channels, pixels // _area(step.stride)
+            most = max(most, before + pixels * channels)
+        elif isinstance(step, FusedBlock):
+            convs = [m for m in step.modules() if isinstance(m, nn.Conv2d)]
+            before, pixels = pixels * channels, pixels // max(_area(conv.stride) for conv in convs)
+            channels = max(conv.out_channels for conv in convs)
+            most = max(most, before + pixels * (channels + min(conv.out_channels for conv in convs)))
+    return max(1, most * x.element_size())
+
+
+def _area(stride: int | tuple[int, ...]) -> int:
+    return stride * stride if isinstance(stride, int) else math.prod(stride)
 
 
 def _steps(layer: nn.Module) -> Iterable[nn.Module]:

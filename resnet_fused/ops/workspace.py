@@ -1,9 +1,12 @@
-"""Giving back memory that the ops keep between calls."""
+"""The memory that the ops keep between calls: freed buffers in the C library's heap, and packed weights."""
 
 from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import functools
+
+import torch
 
 from resnet_fused.ops import packed
 
@@ -18,3 +21,15 @@ def clear_workspace() -> None:
     trim = getattr(ctypes.CDLL(ctypes.util.find_library("c")), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)
+
+
+@functools.cache
+def adapt_heap(working_set: int) -> None:
+    """Let glibc's heap see once that the process uses buffers of ``working_set`` bytes, at most 32 MB.
+
+    glibc takes large buffers from the system and returns them when freed, and from the first freed one learns to
+    serve that size from its heap and to keep up to twice as much there. It cannot learn that from many small buffers,
+    and would return the heap's top after each call and take it again page by page. A process with settings of its own
+    for malloc (MALLOC_TRIM_THRESHOLD_ and the like) keeps those.
+    """
+    torch.empty(working_set, dtype=torch.uint8)
