@@ -145,13 +145,23 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
     check_block(call)
     if call.x.numel() == 0:
         return run_chain(call, reference.run)
-    candidates = tuple(b for b in ("onednn",) if call.x.device.type == "cpu")
-    if backend in candidates or backend == backends.AUTO:
-        for candidate in candidates:
-            if backends.refusal(name, candidate, call) is None:
-                module = backends.choose(name, call, candidate, ())
-                return like_eager(module.run(call), _eager, call.x, (*call.convs, call.shortcut), call.identity)
+    whole = whole_block(name, call, backend)
+    if whole is not None:
+        module = backends.choose(name, call, whole, ())
+        return like_eager(module.run(call), _eager, call.x, (*call.convs, call.shortcut), call.identity)
     return run_chain(call, lambda c: conv_bn_act.compute(c, backend))
+
+
+def whole_block(name: str, call: BlockCall, backend: str) -> str | None:
+    """The backend that computes this block as a whole, or None where it is a chain of conv_bn_act.
+
+    A backend asked for by name does where it can. "auto" takes oneDNN on the CPU; on CUDA it stays with the chain: no GPU
+    has timed the whole-block kernels yet.
+    """
+    candidates: tuple[str, ...] = (backends.check_name(backend),)
+    if backend == backends.AUTO:
+        candidates = ("onednn",) if call.x.device.type == "cpu" else ()
+    return next((c for c in candidates if backends.refusal(name, c, call) is None), None)
 
 
 def _eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:

@@ -96,6 +96,14 @@ def measure(architectures: tuple[Architecture, ...] = ARCHITECTURES) -> list[Res
         )
         for row in module.conv_bn_act_kernels()
     }
+    launches |= {
+        ":".join((row["element"], "bottleneck", *map(str, row["template"]))): (
+            row["name"],
+            row["threads"],
+            row["shared"],
+        )
+        for row in module.bottleneck_kernels()
+    }
     by_name = {target.name: target for target in architectures}
     found = {}
     for row in module.kernel_resources():
@@ -116,6 +124,8 @@ def _launch(mangled: str, launches: dict[str, tuple[str, int, int]]) -> tuple[st
     if "conv_kernel" in mangled:
         math = "TensorCore" if "TensorCore" in mangled else "Ieee"
         return launches[":".join((element, math, *numbers))]
+    if "bottleneck_kernel" in mangled:
+        return launches[":".join((element, "bottleneck", *re.findall(r"L[ib](\d+)E", mangled)))]
     short = "fp32" if element == "float" else element
     if "reduce_kernel" in mangled:
         return f"{short}_reduce", _DEFAULT_THREADS, 0

@@ -77,10 +77,96 @@ def check(call: BlockCall, options: Options, expect: str = "") -> torch.Tensor:
     return out
 
 
-# Sides for the kernel's tiles: a full one and a ragged one each way, or an image of less than one tile.
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES)
+def half_of(name: str) -> list[str]:
+    """The dtypes that a kernel is tried in: they differ in one instruction, so fp16 need not see every tile."""
+    return ["bf16", "fp16"] if name in ("mid64_c256", "mid64_c64_project", "mid128_c256_stride2") else ["bf16"]
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(dtype, name) for name in KERNELS for dtype in half_of(name)])
 def test_kernel(dtype: str, name: str) -> None:
+    """A full tile and ragged ones on its right, below it and across; each block goes through several tiles."""
     problem = KERNELS[name]
     h, w = (15, 17) if problem.stride == 2 else (9, 17)
-    check(problem.make(1, h, w, DTYPES[dtype]), Options(f"{dtype}_{name}"), f"kernel {dtype}_{name} ")
+    blocks = 1 if name in ("mid64_c256", "mid64_c256_resident") else 2
+    options = Options(f"{dtype}_{name}", multiprocessors=blocks)
+    check(problem.make(1, h, w, DTYPES[dtype]), options, f"kernel {dtype}_{name} ")
+
+
+# Images of less than a tile, where every pixel lies at an edge, and even sides under stride 2.
+@pytest.mark.parametrize(
+    ("name", "h", "w"),
+    [
+        ("mid64_c256", 1, 1),
+        ("mid64_c256_resident", 3, 2),
+        ("mid64_c64_project", 2, 3),
+        ("mid64_c64_project_resident", 1, 7),
+        ("mid128_c256_stride2", 6, 4),
+        ("mid128_c256_stride2", 1, 2),
+    ],
+)
+def test_small_images_and_batch(name: str, h: int, w: int) -> None:
+    check(KERNELS[name].make(2, h, w, torch.bfloat16), Options(f"bf16_{name}", multiprocessors=1), "tiles 2")
+
+
+@pytest.mark.parametrize("name", ("mid64_c256_resident", "mid64_c64_project"))
+def test_order_of_threads_does_not_matter(name: str) -> None:
+    call = KERNELS[name].make(1, 9, 4, torch.bfloat16)
+    outs = [bottleneck_calls.run(call, Options(f"bf16_{name}", seed=seed))[1] for seed in (1, 2, 3)]
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_cropped_input() -> None:
+    """x is a view with gaps between its rows and its pixels."""
+    call = KERNELS["mid64_c64_project"].make(2, 9, 8, torch.bfloat16)
+    wide = torch.randn(2, 80, 11, 9, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    x = wide.contiguous(memory_format=torch.channels_last)[:, 8:72, 1:10, :8]
+    check(call._replace(x=x), Options("bf16_mid64_c64_project"))
+
+
+def test_bias_and_float32_vectors() -> None:
+    """Convolutions may have a bias; vectors may be float32 beside a half type."""
+    call = KERNELS["mid64_c64_project"].make(1, 5, 4, torch.bfloat16, bias=True)
+    assert call.shortcut is not None
+
+    def float32(conv: ConvBN, names: tuple[str, ...]) -> ConvBN:
+        return conv._replace(**{name: getattr(conv, name).float() + 1e-3 for name in names})
+
+    convs = (
+        float32(call.convs[0], ("running_mean", "running_var")),
+        float32(call.convs[1], ("bias", "bn_weight")),
+        call.convs[2]._replace(bn_weight=None, bn_bias=None),
+    )
+    call = call._replace(convs=convs, shortcut=float32(call.shortcut, ("bn_bias",)))
+    text, out = bottleneck_calls.run(call, Options())
+    rounded = [conv._replace(**{n: None if (t := getattr(conv, n)) is None else t.to(out.dtype) for n in VECTORS})
+               for conv in (*convs, call.shortcut)]  # fmt: skip
+    low = call._replace(convs=tuple(rounded[:3]), shortcut=rounded[3])
+    assert_within_budget(out, eager(low), exact(call))
+
+
+VECTORS = ("bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+
+
+@pytest.mark.parametrize("name", ("mid64_c256", "mid64_c64_project_resident"))
+def test_nan_and_infinities(name: str) -> None:
+    call = KERNELS[name].make(1, 9, 5, torch.bfloat16)
+    call.x[0, 3, 0, 0] = float("nan")
+    call.x[0, 5, 8, 4] = float("inf")
+    text, out = bottleneck_calls.run(call, Options(f"bf16_{name}"))
+    assert torch.isnan(out[0, :, :2, :2]).all()
+    want = eager(call)
+    assert torch.equal(torch.isnan(out), torch.isnan(want))
+    assert_within_budget(out[:, :, 2:7], want[:, :, 2:7], exact(call)[:, :, 2:7])
+
+
+def test_refusals_give_a_reason() -> None:
+    call = KERNELS["mid64_c256"].make(1, 2, 2, torch.bfloat16)
+    for shift, what in (("x", "x or out"), ("out", "x or out"), ("conv2_weight", "a weight")):
+        text, out = bottleneck_calls.run(call, Options(shift={shift: 2}))
+        assert text == f"refused: {what} is not aligned to 16 bytes\n" and out.numel() == 0
+    text, _ = bottleneck_calls.run(call, Options("fp16_mid64_c256"))
+    assert text.startswith("refused: the kernel asked for does not fit")
+    text, _ = bottleneck_calls.run(call, Options(shared_block=90 << 10))
+    assert text == "refused: this device's shared memory does not hold the block\n"
+    text, _ = bottleneck_calls.run(call._replace(shortcut=call.convs[2]), Options())
+    assert text == "refused: no whole-block kernel has these channels, stride and shortcut\n"
