@@ -38,7 +38,8 @@ def run(call: BlockCall, options: Options) -> tuple[str, Tensor]:
         "stride": call.convs[1].stride[0], "kernel": options.kernel, "seed": options.seed,
         "multiprocessors": options.multiprocessors, "shared_block": options.shared_block,
         "shared_multiprocessor": options.shared_multiprocessor, "out_bytes": n * out * p * q * x.element_size(),
-        "x_stride_n": pixels.stride(0), "x_stride_h": pixels.stride(1), "x_stride_w": pixels.stride(2),
+        # The stride of a dimension of size one means nothing.
+        **{f"x_stride_{d}": s if size > 1 else 0 for d, s, size in zip("nhw", pixels.stride(), pixels.shape)},
         **{f"{name}_shift": shift for name, shift in (options.shift or {}).items()},
     }  # fmt: skip
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

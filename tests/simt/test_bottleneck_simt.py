@@ -168,5 +168,5 @@ def test_refusals_give_a_reason() -> None:
     assert text.startswith("refused: the kernel asked for does not fit")
     text, _ = bottleneck_calls.run(call, Options(shared_block=90 << 10))
     assert text == "refused: this device's shared memory does not hold the block\n"
-    text, _ = bottleneck_calls.run(call._replace(shortcut=call.convs[2]), Options())
+    text, _ = bottleneck_calls.run(Problem(128, 64, True).make(1, 2, 2, torch.bfloat16), Options())
     assert text == "refused: no whole-block kernel has these channels, stride and shortcut\n"
