@@ -155,8 +155,8 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
 def whole_block(name: str, call: BlockCall, backend: str) -> str | None:
     """The backend that computes this block as a whole, or None where it is a chain of conv_bn_act.
 
-    A backend asked for by name does where it can. "auto" takes oneDNN on the CPU; on CUDA it stays with the chain: no GPU
-    has timed the whole-block kernels yet.
+    A backend asked for by name does where it can. "auto" takes oneDNN on the CPU; on CUDA it stays with the chain: no
+    GPU has timed the whole-block kernels yet.
     """
     candidates: tuple[str, ...] = (backends.check_name(backend),)
     if backend == backends.AUTO:

@@ -137,11 +137,11 @@ def _launch(mangled: str, launches: dict[str, tuple[str, int, int]]) -> tuple[st
 def table(rows: list[Resources]) -> str:
     """The rows as text, a kernel's architectures together."""
     lines = [
-        f"{'kernel':<28}{'arch':<8}{'threads':>8}{'regs':>6}{'spill':>7}{'shared':>9}{'blocks':>8}{'occupancy':>11}"
+        f"{'kernel':<36}{'arch':<8}{'threads':>8}{'regs':>6}{'spill':>7}{'shared':>9}{'blocks':>8}{'occupancy':>11}"
     ]
     for row in sorted(rows, key=lambda r: (r.kernel, r.architecture.number)):
         lines.append(
-            f"{row.kernel:<28}{row.architecture.name:<8}{row.threads:>8}{row.registers:>6}{row.spill:>7}"
+            f"{row.kernel:<36}{row.architecture.name:<8}{row.threads:>8}{row.registers:>6}{row.spill:>7}"
             f"{row.shared:>9}{row.blocks:>8}{row.occupancy:>11.0%}"
         )
     return "\n".join(lines)

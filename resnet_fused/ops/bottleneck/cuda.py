@@ -2,10 +2,10 @@
 in global memory.
 
 They compute bfloat16 and float16 in channels_last, for the blocks of ResNet's stages 2 and 3 (64 and 128 hidden
-channels, no groups, no dilation). Both hidden tensors are rounded to x's dtype once; sums, batch norm and the shortcut's
-addition are float32. Batch norm is read in the epilogues: nothing is folded and nothing is kept between calls. x is
-read where it lies when its channels are adjacent and its pixels aligned, else copied once per call; so is a weight that
-is not channels_last.
+channels, no groups, no dilation). Both hidden tensors are rounded to x's dtype once; sums, batch norm and the
+shortcut's addition are float32. Batch norm is read in the epilogues: nothing is folded and nothing is kept between
+calls. x is read where it lies when its channels are adjacent and its pixels aligned, else copied once per call; so is a
+weight that is not channels_last.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _choice(
 def _device(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability, and the bytes of shared memory that a thread block may have."""
     properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.shared_memory_per_block_optin
+    return (properties.major, properties.minor), properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 _NO_CONV = (None, None, None, None, None, None, 1e-5, (1, 1), (0, 0), (1, 1), 1)
