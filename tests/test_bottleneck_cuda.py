@@ -1,4 +1,4 @@
-"""The whole-block CUDA kernels: who takes which block, their account of bytes and FLOPs, and, with a GPU, their numbers.
+"""The whole-block CUDA kernels: which takes which block, the account of bytes and FLOPs, numbers where there is a GPU.
 
 Without a GPU the kernels themselves are run by tests/simt.
 """
@@ -129,7 +129,7 @@ def test_the_account_agrees_with_the_roofline(name: str, kernel: str, side: int)
 
 
 def test_the_account_of_a_tile_by_hand() -> None:
-    """One full tile and a ragged one, stride 2, in bytes: x under 7x7 output pixels is 15x15 and 15x3 of a 13x16 image."""
+    """A full tile and a ragged one, stride 2: x under 7x7 output pixels is 15x15, here of a 13x16 image."""
     row = rows()["bf16_mid128_c256_stride2"]
     account = whole_block.account(row, 1, 13, 16)
     assert (account.tiles, account.blocks) == (2, 2)

@@ -1,6 +1,6 @@
 """What the whole-block CUDA kernels move and compute, counted from their own tile parameters (csrc/bottleneck/tile.h).
 
-``python -m resnet_fused.roofline.whole_block`` prints the account of ResNet-50's blocks on an H200, beside their roofline.
+``python -m resnet_fused.roofline.whole_block`` prints the account of ResNet-50's blocks on an H200.
 """
 
 from __future__ import annotations
@@ -119,8 +119,9 @@ def _fragment_bytes(kernel: Mapping[str, Any], mid: int, cin: int, project: bool
     def step(rows: int) -> int:  # every warp its share of the rows and of the chunk of weights
         return _WARPS_M * _WARPS_N * (rows // _WARPS_M + mid // _WARPS_N) * _DEPTH * _SIZE
 
-    first = kernel["passes"] * cin // _DEPTH
-    return first * step(kernel["pass_rows"]) + (kernel["steps"] - first) * step(kernel["rows"])
+    first: int = kernel["passes"] * cin // _DEPTH
+    rest: int = kernel["steps"] - first
+    return first * step(kernel["pass_rows"]) + rest * step(kernel["rows"])
 
 
 # ResNet-50's blocks in stages 2 and 3: name, kernel on an sm_90, input side.
@@ -140,7 +141,8 @@ def main() -> int:
         return 1
     rows = {row["name"]: row for row in extension.module().bottleneck_kernels()}
     print(
-        "| block | batch | tiles | FLOPs done / useful | L2 / memory bytes | memory | L2 | mma | shared | predicted us |"
+        "| block | batch | tiles | FLOPs done / useful | L2 / memory bytes "
+        "| memory us | L2 us | mma us | shared us | predicted us |"
     )
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name, kernel, side in BLOCKS:
