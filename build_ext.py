@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -26,6 +27,8 @@ SCHEMAS = ROOT / "resnet_fused" / "ops" / "schemas.py"
 ABI_TARGET = (2, 11)  # the oldest torch that loads the library, whichever it was built with
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 OLDEST_ARCHITECTURE = 80
+# Files named *_<isa>.cpp are compiled for these instructions, on x86-64 alone; the code asks the CPU before it calls.
+INSTRUCTIONS = {"avx512": "-mavx512f -mfma", "avx2": "-mavx2 -mfma"}
 
 
 def extensions() -> list[Extension]:
@@ -217,6 +220,9 @@ def _ninja(module: Path, nvcc: str | None) -> str:
     for source in sorted([*CSRC.rglob("*.cpp"), *(CSRC.rglob("*.cu") if nvcc else ())]):
         if source.name == "module.cpp" or (nvcc is None and source.name == "cuda.cpp"):
             continue
+        isa = next((isa for isa in INSTRUCTIONS if source.stem.endswith(f"_{isa}")), None)
+        if isa and platform.machine() != "x86_64":
+            continue
         name = str(source.relative_to(CSRC)).replace("/", ".") + ".o"
         objects.append(name)
         if source.suffix == ".cu":
@@ -225,6 +231,8 @@ def _ninja(module: Path, nvcc: str | None) -> str:
         else:
             generated = " | schemas.h" if "schemas.h" in source.read_text() else ""
             lines.append(f"build {name}: cxx {source}{generated}")
+            if isa:
+                lines.append(f"  more = {INSTRUCTIONS[isa]}")
     python = sysconfig.get_path("include")
     lines += [
         f"build resources.h: resources {' '.join(logs)} | {ROOT / 'build_ext.py'}",

@@ -1,8 +1,8 @@
 """Which backends are here, and which one serves a call.
 
 A backend is a module ``ops/<op>/<backend>.py`` with two functions: ``supports(call)``, which gives the reason why it
-cannot take this call or None, and ``run(call)``. Modules are imported on first use, so ``import resnet_fused`` needs
-torch alone.
+cannot take this call or None, and ``run(call)``, or for a whole block ``bind(call)`` (see ops/block_cpu.py). Modules
+are imported on first use, so ``import resnet_fused`` needs torch alone.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Backend(str, enum.Enum):
 
     REFERENCE = "reference"
     ONEDNN = "onednn"
+    CPU = "cpu"
     CUDNN = "cudnn"
     TRITON = "triton"
     CUDA = "cuda"
@@ -68,6 +69,8 @@ def unavailable(backend: str) -> str | None:
             if not torch.backends.mkldnn.is_available():
                 return "this build of torch has no oneDNN"
             return None
+        case Backend.CPU:
+            return importlib.import_module("resnet_fused.ops.winograd").unavailable()  # type: ignore[no-any-return]
         case Backend.CUDNN:
             if not torch.cuda.is_available():
                 return "no CUDA device"

@@ -87,7 +87,7 @@ def test_other_blocks_are_refused() -> None:
 
 def test_on_the_cpu_it_says_why_not() -> None:
     assert cuda.supports(make(256, 64, False)) == "its kernels run on CUDA devices, x is on cpu"
-    assert block.whole_block("bottleneck", make(256, 64, False), "cuda") is None
+    assert not block.one_kernel("bottleneck", make(256, 64, False), "cuda")
 
 
 def test_a_report_names_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

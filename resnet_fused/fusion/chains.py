@@ -15,9 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from resnet_fused import backends
-from resnet_fused.fusion.match import _conv_refusal as conv_refusal
-from resnet_fused.fusion.match import _norm_refusal as norm_refusal
-from resnet_fused.fusion.match import _touched as touched
+from resnet_fused.fusion.match import conv_refusal, norm_refusal, watched_reason
 from resnet_fused.fusion.trace import Trace, Untraceable, runs_in_turn, trace
 from resnet_fused.modules import parts
 from resnet_fused.modules.spec import path
@@ -210,7 +208,7 @@ class _Rewriter:
         act = _relu_of(self.module, user)
         if act is not None:
             if isinstance(act, nn.Module) and parts.touched(act):
-                return "none", norm, None, touched(act, str(user.target))
+                return "none", norm, None, watched_reason(act, str(user.target))
             return act, user, None, ""
         if _is_add(user) and len(user.users) == 1 and user.args[0] is not user.args[1]:
             last = next(iter(user.users))
@@ -238,7 +236,7 @@ class _Rewriter:
         if len(node.users) > 1:
             reason = "the sum is used by something else too"
         elif isinstance(act, nn.Module) and parts.touched(act):
-            reason = touched(act, str(relu.target))
+            reason = watched_reason(act, str(relu.target))
         elif inplace and not _private(self.module, a):
             reason = f"the sum is written into {a}, which is used by something else too"
         elif self.backend != backends.AUTO and backends.implementation(SUM, self.backend) is None:

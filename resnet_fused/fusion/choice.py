@@ -6,7 +6,7 @@ from torch import nn
 
 from resnet_fused import backends
 from resnet_fused.modules import parts
-from resnet_fused.ops.block import BlockCall, whole_block
+from resnet_fused.ops.block import BlockCall, one_kernel
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall
 
@@ -41,7 +41,7 @@ def _whole_kernel(kind: str, pairs: list[tuple[nn.Conv2d, nn.Module]], backend: 
         return False
     x = convs[0].weight.detach().new_zeros(1, convs[0].weight.shape[1] * convs[0].groups, _SAMPLE, _SAMPLE)
     call = BlockCall(x, convs[:depth], convs[depth] if len(convs) > depth else None, None)
-    return whole_block(kind, call, backend) is not None
+    return one_kernel(kind, call, backend)
 
 
 def _choose(pair: ConvBN) -> str:

@@ -19,8 +19,9 @@ from resnet_fused.fusion.choice import chosen_backend
 from resnet_fused.fusion.layout import relayout
 from resnet_fused.fusion.report import FUSED, SKIPPED, FusionEntry
 from resnet_fused.fusion.trace import runs_in_turn
+from resnet_fused.modules import live
 from resnet_fused.modules.base import FusedModule, adopt
-from resnet_fused.modules.block import FusedBlock, as_shortcut
+from resnet_fused.modules.block import FusedBlock
 from resnet_fused.modules.spec import BlockSpec, find
 from resnet_fused.modules.traced import NO_SPEC, Chain, FusedForward, TracedState
 
@@ -78,9 +79,12 @@ def generic_entries(
 
 
 def taken_by(module: nn.Module, spec: BlockSpec) -> set[int]:
-    """What a fused block takes over: itself and all in it, but not a shortcut that it calls as a module."""
-    kept = None if spec.shortcut is None else as_shortcut(find(module, spec.shortcut))
-    spare = {id(m) for m in kept.modules()} if isinstance(kept, nn.Module) else set()
+    """What a fused block takes over: itself and all in it, but not what it calls as a module."""
+    called: list[Any] = [live.lookup(module, path) for paths in spec.extras for path in paths]
+    if spec.shortcut is not None:
+        shortcut = live.shortcut(live.lookup(module, spec.shortcut))
+        called += shortcut.before if isinstance(shortcut, live.Projection) else [shortcut]
+    spare = {id(m) for found in called if isinstance(found, nn.Module) for m in found.modules()}
     return {id(m) for m in module.modules()} - spare
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.modules import parts
+from resnet_fused import functional
+from resnet_fused.modules import live, parts
 from resnet_fused.modules.base import FusedModule, derived_class
 from resnet_fused.modules.spec import BlockSpec, FusedState, find
 
 B = TypeVar("B", bound="FusedBlock")
-Pair = tuple[nn.Conv2d, nn.Module]
+Pair = live.Pair
 
 
 class FusedBlock(FusedModule):
@@ -21,7 +23,8 @@ class FusedBlock(FusedModule):
 
     - something in it is watched or was replaced (hooks on a submodule, another activation): the original forward;
     - all its norms use given statistics (eval mode, frozen): the whole block as one op;
-    - some norm uses the batch's statistics: pair by pair, each fused where its own norm allows it.
+    - some norm uses the batch's statistics, or other modules stand between the pairs: pair by pair, each fused where
+      its own norm allows it.
     """
 
     _spec: BlockSpec
@@ -32,63 +35,64 @@ class FusedBlock(FusedModule):
         if pairs is None:
             return self._original_forward(x)
         shortcut = self._shortcut()
+        extras = self._extras()
         state = self._fused
         data = [parts.read(conv, norm) for conv, norm in pairs]
-        if None not in data:
+        if extras is None and None not in data:
             if shortcut is None:
                 return self._op(x, *data, backend=state.backend)
-            if isinstance(shortcut, nn.Module):
-                return self._op(x, *data, None, shortcut(x), backend=state.backend)
-            projection = parts.read(*shortcut)
+            if not isinstance(shortcut, live.Projection) or shortcut.before:
+                return self._op(x, *data, None, _residual(x, shortcut, state.backend), backend=state.backend)
+            projection = parts.read(shortcut.conv, shortcut.norm)
             if projection is not None:
                 return self._op(x, *data, projection, backend=state.backend)
-        return self._steps(x, pairs, shortcut, state.backend)
+        return self._steps(x, pairs, shortcut, extras, state.backend)
 
     def uses_given_statistics(self) -> bool:
         """Whether the block, as it is now, would run as one op: each image apart from the others."""
         pairs, shortcut = self._pairs(), self._shortcut()
-        if pairs is None or isinstance(shortcut, nn.Module):
+        if pairs is None or self._extras() is not None:
             return False
-        return all(parts.read(*pair) is not None for pair in (*pairs, *([shortcut] if shortcut else [])))
+        if shortcut is not None:
+            if not isinstance(shortcut, live.Projection) or shortcut.before:
+                return False
+            pairs.append((shortcut.conv, shortcut.norm))
+        return all(parts.read(*pair) is not None for pair in pairs)
 
-    def _steps(self, x: Tensor, pairs: list[Pair], shortcut: Pair | nn.Module | None, backend: str) -> Tensor:
+    def _steps(
+        self,
+        x: Tensor,
+        pairs: list[Pair],
+        shortcut: live.Projection | live.Step | None,
+        extras: list[list[live.Step]] | None,
+        backend: str,
+    ) -> Tensor:
+        behind = extras or [[]] * len(pairs)
         hidden = x
-        for conv, norm in pairs[:-1]:
-            hidden = parts.step(hidden, conv, norm, "relu", None, backend)
-        if shortcut is None:
-            residual = x
-        elif isinstance(shortcut, nn.Module):
-            residual = shortcut(x)
-        else:
-            residual = parts.step(x, *shortcut, "none", None, backend)
-        return parts.step(hidden, *pairs[-1], "relu", residual, backend)
+        for pair, steps in zip(pairs[:-1], behind, strict=False):
+            hidden = _run(steps, parts.step(hidden, *pair, "relu", None, backend))
+        if not behind[-1]:
+            return parts.step(hidden, *pairs[-1], "relu", _residual(x, shortcut, backend), backend)
+        hidden = _run(behind[-1], parts.step(hidden, *pairs[-1], "none", None, backend))
+        residual = _residual(x, shortcut, backend)
+        if hidden.dtype == residual.dtype and hidden.shape == residual.shape:
+            return functional.add_relu(hidden, residual)
+        hidden += residual
+        return torch.relu_(hidden)
 
     def _pairs(self) -> list[Pair] | None:
         """The convolutions and norms, or None when something in the block may not be bypassed at the moment."""
-        spec = self._fused.spec
-        pairs: list[Any] = []
-        for conv_path, norm_path in spec.pairs:
-            conv, norm = find(self, conv_path), find(self, norm_path)
-            if not parts.bypassable(conv, norm):
-                return None
-            pairs.append((conv, norm))
-        for act_path in spec.acts:
-            act = find(self, act_path)
-            if act is None or not parts.plain_relu(act):
-                return None
-        for idle_path in spec.idle:
-            if not idle(find(self, idle_path)):
-                return None
-        for path, length in spec.containers:
-            container = find(self, path)
-            if type(container) is not nn.Sequential or parts.touched(container) or len(container) != length:
-                return None
-        return None if parts.watched() else pairs
+        return live.pairs(self, self._fused.spec)
 
-    def _shortcut(self) -> Pair | nn.Module | None:
-        """The projection as a pair where it is one, a module to call otherwise, or None for x itself."""
+    def _extras(self) -> list[list[live.Step]] | None:
+        """What is called between and behind the pairs, or None."""
+        spec = self._fused.spec
+        return live.extras(self, spec) if spec.extras else None
+
+    def _shortcut(self) -> live.Projection | live.Step | None:
+        """The projection as a pair where it is one, something to call otherwise, or None for x itself."""
         path = self._fused.spec.shortcut
-        return None if path is None else as_shortcut(find(self, path))
+        return None if path is None else live.shortcut(live.lookup(self, path))
 
     def _original_forward(self, x: Tensor) -> Tensor:
         """The block as module calls; a block of another class has its own forward here."""
@@ -127,19 +131,16 @@ class FusedBlock(FusedModule):
         return fused  # type: ignore[return-value]
 
 
-def idle(module: nn.Module | None) -> bool:
-    """Whether ``module`` does nothing."""
-    return module is None or (type(module) is nn.Identity and not parts.touched(module))
+def _run(steps: Iterable[live.Step], x: Tensor) -> Tensor:
+    for step in steps:
+        x = step(x)
+    return x
 
 
-def as_shortcut(module: nn.Module | None) -> Pair | nn.Module | None:
-    """``module`` as a pair where it is a plain Sequential of a bypassable one; None where it does nothing."""
-    if idle(module):
-        return None
-    if type(module) is nn.Sequential and not parts.touched(module):
-        children = list(module._modules.values())
-        if not children:
-            return None
-        if len(children) == 2 and parts.bypassable(children[0], children[1]):
-            return children[0], children[1]  # type: ignore[return-value]
-    return module
+def _residual(x: Tensor, shortcut: live.Projection | live.Step | None, backend: str) -> Tensor:
+    """What is added to the last convolution's result."""
+    if shortcut is None:
+        return x
+    if not isinstance(shortcut, live.Projection):
+        return shortcut(x)
+    return parts.step(_run(shortcut.before, x), shortcut.conv, shortcut.norm, "none", None, backend)

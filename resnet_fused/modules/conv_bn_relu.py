@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.modules import depth_first, parts
+from resnet_fused.modules import depth_first, live, parts
 from resnet_fused.modules.base import FusedModule
 from resnet_fused.modules.spec import BlockSpec, FusedState, find
 from resnet_fused.ops.convbn import ACTS
@@ -84,17 +85,22 @@ class FusedConvBNReLU(FusedModule):
 
 
 class FusedStem(FusedModule):
-    """A model whose stem (convolution, norm, ReLU) is computed as one op; the three stay its own submodules."""
+    """A model whose stem is computed by fused ops: convolution, norm and ReLU, once or (a deep stem) several times.
+
+    The modules stay its own submodules.
+    """
 
     def fused_parts(self) -> Iterable[nn.Module]:
-        return [m for keys in self._fused.spec.pairs[0] if (m := find(self, keys)) is not None]
+        return [m for pair in self._fused.spec.pairs for keys in pair if (m := find(self, keys)) is not None]
 
     def run_stem(self, x: Tensor) -> Tensor:
-        """relu(norm(conv(x)))."""
-        conv, norm, act = self._stem()
-        if not self._stem_is_plain():
-            return act(norm(conv(x)))  # type: ignore[no-any-return]
-        return parts.step(x, conv, norm, "relu", None, self._fused.backend)
+        """relu(norm(conv(x))), for each pair of the stem."""
+        pairs = self.stem_pairs()
+        if pairs is None:
+            return self._run_modules(x)
+        for conv, norm in pairs:
+            x = parts.step(x, conv, norm, "relu", None, self._fused.backend)
+        return x
 
     def run_features(self, x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
         """The stem and then ``layers``, flattened to ``[N, features]``; large batches on the CPU depth first."""
@@ -105,15 +111,22 @@ class FusedStem(FusedModule):
                 part = layer(part)
             return torch.flatten(part, 1)
 
-        conv, norm, _ = self._stem()
-        if not self._stem_is_plain() or parts.read(conv, norm) is None:
+        pairs = self.stem_pairs()
+        if pairs is None or any(parts.read(*pair) is None for pair in pairs):
             return features(x)
-        return depth_first.run(features, x, conv, layers)
+        return depth_first.run(features, x, pairs[0][0], layers)
 
-    def _stem(self) -> tuple[Any, Any, Any]:
+    def stem_pairs(self) -> list[live.Pair] | None:
+        """The stem's convolutions and norms, or None when something of it may not be bypassed at the moment."""
+        return live.pairs(self, self._fused.spec)
+
+    def original(self, method: str) -> Callable[..., Any]:
+        """That method of the class that the model had before it was fused."""
+        return functools.partial(getattr(type(self)._original_class, method), self)  # type: ignore[attr-defined]
+
+    def _run_modules(self, x: Tensor) -> Tensor:
         spec = self._fused.spec
-        return (*(find(self, keys) for keys in spec.pairs[0]), find(self, spec.acts[0]))  # type: ignore[return-value]
-
-    def _stem_is_plain(self) -> bool:
-        conv, norm, act = self._stem()
-        return parts.bypassable(conv, norm) and parts.plain_relu(act) and not parts.watched()
+        for (conv, norm), act in zip(spec.pairs, spec.acts, strict=True):
+            for keys in (conv, norm, act):
+                x = find(self, keys)(x)  # type: ignore[misc]
+        return x

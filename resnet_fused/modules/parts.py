@@ -12,17 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 
+from resnet_fused.modules.known import FROZEN_NORMS, NORMED_CONVS, name_of
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.convbn import ConvBN
-
-# Classes that normalise with given statistics, in training mode too: buffers weight, bias, running_mean, running_var
-# and an attribute eps. Known by name, so that their packages need not be installed.
-FROZEN_NORMS = frozenset({("torchvision.ops.misc", "FrozenBatchNorm2d")})
 
 
 def is_frozen_norm(cls: type) -> bool:
     """Whether ``cls`` is a FrozenBatchNorm2d that we know."""
-    return cls.__name__ == "FrozenBatchNorm2d" and (cls.__module__, "FrozenBatchNorm2d") in FROZEN_NORMS
+    return name_of(cls) in FROZEN_NORMS
+
+
+def is_plain_conv(conv: nn.Module | None) -> bool:
+    """Whether ``conv`` computes nn.Conv2d's convolution, and behind it at most a norm of its own."""
+    if type(conv) is nn.Conv2d:
+        return True
+    known: Any = conv
+    return name_of(type(conv)) in NORMED_CONVS and known.activation is None
 
 
 def touched(module: nn.Module) -> bool:
@@ -51,8 +56,10 @@ def watched() -> bool:
 
 def bypassable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
     """Whether the pair is a plain Conv2d and batch norm that nobody watches."""
-    if type(conv) is not nn.Conv2d or touched(conv) or norm is None or touched(norm):
+    if not isinstance(conv, nn.Conv2d) or not is_plain_conv(conv) or touched(conv) or norm is None or touched(norm):
         return False
+    if type(conv) is not nn.Conv2d and conv._modules.get("norm", norm) not in (None, norm):
+        return False  # it calls a norm of its own before this one
     if conv.padding_mode != "zeros" or (conv.padding == "same" and _same(conv) is None):
         return False
     if type(norm) is nn.BatchNorm2d:
@@ -84,7 +91,8 @@ def with_statistics(conv: nn.Conv2d, norm: nn.Module) -> ConvBN | None:
     mean, var = buffers["running_mean"], buffers["running_var"]
     if mean is None or var is None:
         return None
-    eps: Any = norm.eps
+    fixed = FROZEN_NORMS.get(name_of(type(norm)))
+    eps: Any = norm.eps if fixed is None else fixed
     geometry: Any = (eps, conv.stride, padding, conv.dilation, conv.groups)
     if "weight" in weights and "weight" in vectors:
         return ConvBN(weights["weight"], weights["bias"], vectors["weight"], vectors["bias"], mean, var, *geometry)
@@ -102,7 +110,7 @@ def step(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: str, residual: Tensor
 
 def batch_statistics_step(x: Tensor, conv: nn.Module, norm: nn.Module, act: str, residual: Tensor | None) -> Tensor:
     """A bypassable pair in training mode: convolution, batch norm with the batch's statistics, residual, ReLU."""
-    y: Tensor = norm(conv(x))
+    y: Tensor = norm(nn.Conv2d.forward(conv, x))  # type: ignore[arg-type]
     if residual is not None:
         y += residual
     return torch.relu_(y) if act == "relu" else y

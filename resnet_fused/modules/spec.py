@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -32,7 +32,13 @@ class BlockSpec:
     pairs are the (convolution, norm) paths in the order of computation. acts are the paths of all ReLU modules that the
     forward uses, none where it calls the functional form. shortcut is the path of the projection, whose absence (None
     or an empty Sequential) means x itself. idle are modules that must be absent, or Identity, for this to hold.
-    containers are the Sequentials that hold parts of it and are themselves called, with the number of their children.
+    containers are the Sequentials that hold parts of it and are themselves called, with the number of their children;
+    wrappers are such modules of other classes, which call their children and nothing else, with module path and name of
+    the class. extras are, for each pair, the modules called on its result (a pool, a squeeze-excitation, a drop path),
+    behind the ReLU, or behind the last pair before the sum; where any is there and no Identity, the block is fused
+    pair by pair around them.
+
+    A stem has pairs alone, each followed by a ReLU, and either as many acts or none.
     """
 
     pairs: tuple[tuple[Path, Path], ...]
@@ -40,6 +46,8 @@ class BlockSpec:
     shortcut: Path | None = None
     idle: tuple[Path, ...] = ()
     containers: tuple[tuple[Path, int], ...] = ()
+    wrappers: tuple[tuple[Path, tuple[str, str]], ...] = ()
+    extras: tuple[tuple[Path, ...], ...] = ()
 
     @classmethod
     def of(cls, convs: str, norms: str, acts: str = "", shortcut: str | None = None, idle: str = "") -> BlockSpec:
@@ -51,6 +59,22 @@ class BlockSpec:
             None if shortcut is None else path(shortcut),
             tuple(map(path, idle.split())),
         )
+
+
+def extended(
+    spec: BlockSpec,
+    *,
+    extras: tuple[str, ...] = (),
+    containers: tuple[tuple[str, int], ...] = (),
+    wrappers: tuple[tuple[str, tuple[str, str]], ...] = (),
+) -> BlockSpec:
+    """``spec`` with these fields, from dotted paths; an entry of ``extras`` has them blank-separated."""
+    return replace(
+        spec,
+        extras=tuple(tuple(map(path, entry.split())) for entry in extras),
+        containers=tuple((path(dotted), length) for dotted, length in containers),
+        wrappers=tuple((path(dotted), name) for dotted, name in wrappers),
+    )
 
 
 BASIC_BLOCK = BlockSpec.of("conv1 conv2", "bn1 bn2", "relu", "downsample")

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from resnet_fused import backends
-from resnet_fused.ops import library
+from resnet_fused.ops import library, packed
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, Shape, check_addend, check_conv, check_input, short_dtype
-from resnet_fused.ops.layout import like_eager
+from resnet_fused.ops.layout import eager_strides, like_eager, with_strides
 from resnet_fused.ops.schemas import SCHEMAS
+from resnet_fused.ops.tensor_cache import TensorCache
 
 _FIELDS = len(ConvBN._fields)
 
@@ -141,27 +142,62 @@ def chain_of_ops(call: BlockCall, backend: str) -> Tensor:
     return run_chain(call, lambda c: conv_bn_act.call_op(c.x, c.conv, c.residual, c.act, backend))
 
 
+class _Plan(NamedTuple):
+    """What stays the same from call to call with the same weights and shapes: the checks have passed."""
+
+    run: Callable[[Tensor, Tensor | None], Tensor]
+    strides: tuple[int, ...]
+
+
+_PLANS: TensorCache[dict[Any, _Plan]] = packed.new_cache()
+_PLANS_PER_BLOCK = 8
+
+
 def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
+    """Whole on the CPU where a backend has the block, else convolution by convolution."""
+    x, identity = call.x, call.identity
+    if x.device.type != "cpu":
+        check_block(call)
+        if x.numel() > 0 and one_kernel(name, call, backend):
+            out: Tensor = backends.choose(name, call, backend, ()).run(call)
+            return like_eager(out, _eager, x, (*call.convs, call.shortcut), identity)
+        return run_chain(call, lambda c: conv_bn_act.compute(c, backend))
+    convs = call.convs if call.shortcut is None else (*call.convs, call.shortcut)
+    tensors = sum([conv[:6] for conv in convs], ())
+    plans = _PLANS.get(tensors, (name, call.shortcut is None, *[conv[6:] for conv in convs]), dict)
+    key: tuple[Any, ...] = (backend, x.shape, x.stride(), x.dtype, torch._C._get_mkldnn_enabled())
+    if identity is not None:
+        key += (identity.shape, identity.stride(), identity.dtype, identity.device)
+    plan = plans.get(key)
+    if plan is None:
+        plan = _plan(name, call, backend)
+        if len(plans) >= _PLANS_PER_BLOCK:
+            plans.clear()
+        plans[key] = plan
+    return with_strides(plan.run(x, identity), plan.strides)
+
+
+def _plan(name: str, call: BlockCall, backend: str) -> _Plan:
+    """Check the call and choose who computes it."""
     check_block(call)
-    if call.x.numel() == 0:
-        return run_chain(call, reference.run)
-    whole = whole_block(name, call, backend)
-    if whole is not None:
-        module = backends.choose(name, call, whole, ())
-        return like_eager(module.run(call), _eager, call.x, (*call.convs, call.shortcut), call.identity)
-    return run_chain(call, lambda c: conv_bn_act.compute(c, backend))
+    strides = eager_strides(_eager, call.x, (*call.convs, call.shortcut), call.identity)
+    whole = [] if call.x.numel() == 0 or not packed.lasting(call.convs[0]) else ["cpu", "onednn"]
+    for candidate in whole:
+        if backend in (candidate, backends.AUTO) and backends.refusal(name, candidate, call) is None:
+            return _Plan(backends.choose(name, call, candidate, ()).bind(call), strides)
+
+    def chain(x: Tensor, identity: Tensor | None) -> Tensor:
+        return run_chain(call._replace(x=x, identity=identity), lambda c: conv_bn_act.compute(c, backend))
+
+    return _Plan(chain, strides)
 
 
-def whole_block(name: str, call: BlockCall, backend: str) -> str | None:
-    """The backend that computes this block as a whole, or None where it is a chain of conv_bn_act.
+def one_kernel(name: str, call: BlockCall, backend: str) -> bool:
+    """Whether the backend asked for computes this block on a GPU in one kernel; otherwise it is a chain of conv_bn_act.
 
-    A backend asked for by name does where it can. "auto" takes oneDNN on the CPU; on CUDA it stays with the chain: no
-    GPU has timed the whole-block kernels yet.
+    "auto" stays with the chain: no GPU has timed the whole-block kernels yet.
     """
-    candidates: tuple[str, ...] = (backends.check_name(backend),)
-    if backend == backends.AUTO:
-        candidates = ("onednn",) if call.x.device.type == "cpu" else ()
-    return next((c for c in candidates if backends.refusal(name, c, call) is None), None)
+    return backends.check_name(backend) != backends.AUTO and backends.refusal(name, backend, call) is None
 
 
 def _eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:

@@ -16,12 +16,21 @@ Eager = Callable[[Tensor, tuple[ConvBN | None, ...], Tensor | None], Tensor]
 
 
 def like_eager(out: Tensor, eager: Eager, x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:
-    """Return ``out`` with the strides that ``eager(x, convs, addend)`` would give, copied only when they differ.
+    """Return ``out`` with the strides that ``eager(x, convs, addend)`` would give, copied only when they differ."""
+    return with_strides(out, eager_strides(eager, x, convs, addend))
+
+
+def eager_strides(eager: Eager, x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> tuple[int, ...]:
+    """The strides of ``eager(x, convs, addend)``.
 
     ``eager`` is run on fake tensors, once for each distinct set of shapes and strides: no rule is written down here.
     """
     described = tuple(None if c is None else (_describe(c.weight), *c[7:]) for c in convs)
-    strides = _strides(eager, _describe(x), described, None if addend is None else _describe(addend))
+    return _strides(eager, _describe(x), described, None if addend is None else _describe(addend))
+
+
+def with_strides(out: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``out``, copied only when its strides are others."""
     if out.stride() == strides:
         return out
     return torch.empty_strided(out.shape, strides, dtype=out.dtype, device=out.device).copy_(out)

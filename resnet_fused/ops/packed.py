@@ -36,6 +36,12 @@ def clear() -> None:
         cache.clear()
 
 
+def lasting(conv: ConvBN) -> bool:
+    """Whether what is packed from ``conv`` can be kept. Tensors made in inference mode do not tell when they are
+    written to: their weights would be packed on every call, at a cost that eager does not have."""
+    return not conv.weight.is_inference()
+
+
 def fold(conv: ConvBN) -> tuple[Tensor, Tensor]:
     """Batch norm folded into the convolution: a weight in its own dtype and a float32 bias, folded in float32.
 
@@ -44,16 +50,22 @@ def fold(conv: ConvBN) -> tuple[Tensor, Tensor]:
         fused = torch.nn.utils.fusion.fuse_conv_bn_eval(conv, bn)
         fused.weight, fused.bias
     """
-    scale = torch.rsqrt(conv.running_var.float() + conv.eps)
+    scale, bias = affine(conv, torch.float32)
+    return (conv.weight.float() * scale.view(-1, 1, 1, 1)).to(conv.weight.dtype), bias
+
+
+def affine(conv: ConvBN, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What batch norm and the convolution's bias do to the convolution's result: times the first, plus the second."""
+    scale = torch.rsqrt(conv.running_var.to(dtype) + conv.eps)
     if conv.bn_weight is not None:
-        scale = scale * conv.bn_weight.float()
-    offset = -conv.running_mean.float()
+        scale = scale * conv.bn_weight.to(dtype)
+    offset = -conv.running_mean.to(dtype)
     if conv.bias is not None:
-        offset = offset + conv.bias.float()
+        offset = offset + conv.bias.to(dtype)
     bias = offset * scale
     if conv.bn_bias is not None:
-        bias = bias + conv.bn_bias.float()
-    return (conv.weight.float() * scale.view(-1, 1, 1, 1)).to(conv.weight.dtype), bias
+        bias = bias + conv.bn_bias.to(dtype)
+    return scale, bias
 
 
 def packed(cache: TensorCache[Any], conv: ConvBN, build: Callable[[ConvBN], Any]) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from resnet_fused.fusion import FusionEntry, report
 from resnet_fused.modules.conv_bn_relu import FusedStem
+from resnet_fused.modules.spec import BlockSpec
 from resnet_fused.testing.budget import Error, measure
 
 
@@ -138,8 +139,7 @@ def fused_parts(eager: nn.Module, fused: nn.Module, x: Tensor) -> list[Part]:
             owner = entry.name.removesuffix("stem").rstrip(".")
             stem, home = fused.get_submodule(owner), eager.get_submodule(owner)
             assert isinstance(stem, FusedStem)
-            spec = stem._fused.spec
-            layers = [home.get_submodule(".".join(keys)) for keys in (*spec.pairs[0], spec.acts[0])]
+            layers = _stem_layers(home, stem._fused.spec)
             found.append((entry, nn.Sequential(*layers), stem.run_stem, layers[0]))
         else:
             module = fused.get_submodule(entry.name)
@@ -151,6 +151,17 @@ def fused_parts(eager: nn.Module, fused: nn.Module, x: Tensor) -> list[Part]:
         for entry, before, after, first in found
         if first in inputs
     ]
+
+
+def _stem_layers(home: nn.Module, spec: BlockSpec) -> list[nn.Module]:
+    """The modules of a stem in the order in which eager calls them."""
+    layers: list[nn.Module] = []
+    for i, (conv, norm) in enumerate(spec.pairs):
+        own_norm = norm[: len(conv)] == conv  # the convolution calls its norm itself
+        paths = [conv, *([] if own_norm else [norm]), *spec.acts[i : i + 1]]
+        layers += [home.get_submodule(".".join(keys)) for keys in paths]
+        layers += [] if spec.acts else [nn.ReLU()]
+    return layers
 
 
 def _capture(modules: Iterable[nn.Module], model: nn.Module, x: Tensor) -> dict[nn.Module, tuple[Any, ...]]:

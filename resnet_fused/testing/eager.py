@@ -46,8 +46,9 @@ def eager_copy(model: M, *, like: nn.Module | None = None) -> M:
 
 
 def _stem(self: FusedStem, x: Tensor) -> Tensor:
-    (conv, norm), act = self._fused.spec.pairs[0], self._fused.spec.acts[0]
-    return _call(self, act, _call(self, norm, _call(self, conv, x)))
+    for (conv, norm), act in zip(self._fused.spec.pairs, self._fused.spec.acts, strict=True):
+        x = _call(self, act, _call(self, norm, _call(self, conv, x)))
+    return x
 
 
 def _block(self: FusedBlock, x: Tensor) -> Tensor:

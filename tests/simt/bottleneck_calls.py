@@ -39,7 +39,7 @@ def run(call: BlockCall, options: Options) -> tuple[str, Tensor]:
         "multiprocessors": options.multiprocessors, "shared_block": options.shared_block,
         "shared_multiprocessor": options.shared_multiprocessor, "out_bytes": n * out * p * q * x.element_size(),
         # The stride of a dimension of size one means nothing.
-        **{f"x_stride_{d}": s if size > 1 else 0 for d, s, size in zip("nhwc", pixels.stride(), pixels.shape, strict=True)},
+        **{f"x_stride_{dim}": pixels.stride(i) if pixels.shape[i] > 1 else 0 for i, dim in enumerate("nhw")},
         **{f"{name}_shift": shift for name, shift in (options.shift or {}).items()},
     }  # fmt: skip
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

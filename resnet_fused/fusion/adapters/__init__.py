@@ -6,19 +6,46 @@ A table names classes and says where their parts are, so a family whose package 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import CodeType
 
 from torch import nn
 
-from resnet_fused.fusion.adapters import source, torchvision
+from resnet_fused.fusion.adapters import (
+    detectron2,
+    huggingface,
+    open_clip,
+    openmmlab,
+    others,
+    smp,
+    source,
+    timm,
+    torchvision,
+)
 from resnet_fused.fusion.adapters.table import BlockAdapter, StemAdapter
 from resnet_fused.modules.spec import BlockSpec
 
 __all__ = ["BlockAdapter", "StemAdapter", "find_adapter", "find_stem", "register_adapter"]
 
-_BLOCKS: dict[str, BlockAdapter] = {**torchvision.BLOCKS}
-_REFUSED: dict[str, str] = {**torchvision.REFUSED}
-_STEMS: dict[str, StemAdapter] = {**torchvision.STEMS}
+_BLOCKS: dict[str, BlockAdapter | Callable[[nn.Module], BlockAdapter]] = {
+    **torchvision.BLOCKS,
+    **timm.BLOCKS,
+    **huggingface.BLOCKS,
+    **smp.BLOCKS,
+    **open_clip.BLOCKS,
+    **detectron2.BLOCKS,
+    **openmmlab.BLOCKS,
+    **others.BLOCKS,
+}
+_REFUSED: dict[str, str] = {**torchvision.REFUSED, **timm.REFUSED, **detectron2.REFUSED}
+_STEMS: dict[str, StemAdapter | Callable[[nn.Module], StemAdapter]] = {
+    **torchvision.STEMS,
+    **timm.STEMS,
+    **huggingface.STEMS,
+    **smp.STEMS,
+    **open_clip.STEMS,
+    **detectron2.STEMS,
+}
 _REGISTERED: dict[type, tuple[BlockAdapter, CodeType]] = {}
 _LOCK = threading.Lock()
 
@@ -78,7 +105,10 @@ def find_adapter(module: nn.Module) -> BlockAdapter | str | None:
             return _REFUSED[name]
         if name in _BLOCKS:
             same = _own_methods(cls, base, ("forward",)) and _called_plainly(cls)
-            return _BLOCKS[name] if same else _other_forward(cls, base)
+            entry = _BLOCKS[name]
+            if not same:
+                return _other_forward(cls, base)
+            return entry if isinstance(entry, BlockAdapter) else entry(module)
     return source.read_block(module) if _called_plainly(cls) else None
 
 
@@ -86,8 +116,9 @@ def find_stem(module: nn.Module) -> StemAdapter | str | None:
     """The adapter of a model's stem; the reason why a relative of a known model's cannot be taken; None otherwise."""
     cls = type(module)
     for base in cls.__mro__:
-        adapter = _STEMS.get(f"{base.__module__}.{base.__qualname__}")
-        if adapter is not None:
+        stem = _STEMS.get(f"{base.__module__}.{base.__qualname__}")
+        if stem is not None:
+            adapter = stem if isinstance(stem, StemAdapter) else stem(module)
             same = _own_methods(cls, base, adapter.methods) and _called_plainly(cls)
             return adapter if same else _other_forward(cls, base)
     return None

@@ -15,16 +15,20 @@ from resnet_fused.modules.spec import BlockSpec
 KINDS: dict[str, type[FusedBlock]] = {"basic_block": FusedBasicBlock, "bottleneck": FusedBottleneck}
 
 
+def _always(module: nn.Module) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class BlockAdapter:
-    """A class of blocks: which kind it is (a key of ``KINDS``) and where its parts are."""
+    """A class of blocks: which kind it is (a key of ``KINDS``), where its parts are, and why one cannot be fused.
+
+    Where blocks of a class have several shapes, its table names a function from the block to its adapter.
+    """
 
     kind: str
     spec: BlockSpec
-
-
-def _always(module: nn.Module) -> str | None:
-    return None
+    refusal: Callable[[nn.Module], str | None] = _always
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class StemAdapter:
     """A class of models with a stem.
 
     fused overrides the method that runs the stem; methods are those of the class that it relies on; refusal says why a
-    given model's stem cannot be fused, or None.
+    given model's stem cannot be fused, or None. Where a class has stems of several shapes, its table names a function
+    from the model to its adapter.
     """
 
     spec: BlockSpec

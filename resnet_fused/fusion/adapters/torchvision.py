@@ -1,4 +1,4 @@
-"""torchvision: resnet, resnext, wide_resnet, and the backbones of its detection and segmentation models."""
+"""torchvision: resnet, resnext, wide_resnet, regnet, and the backbones of its detection and segmentation models."""
 
 from __future__ import annotations
 
@@ -11,11 +11,33 @@ from torch import Tensor, nn
 from resnet_fused.fusion.adapters.table import BlockAdapter, StemAdapter
 from resnet_fused.modules.conv_bn_relu import FusedStem
 from resnet_fused.modules.resnet import STEM
-from resnet_fused.modules.spec import BASIC_BLOCK, BOTTLENECK
+from resnet_fused.modules.spec import BASIC_BLOCK, BOTTLENECK, BlockSpec, extended, find
 
-BLOCKS = {
+
+def _regnet_block(with_se: bool) -> BlockAdapter:
+    convs = ("f.a", "f.b", "f.c")
+    spec = BlockSpec.of("f.a.0 f.b.0 f.c.0", "f.a.1 f.b.1 f.c.1", "f.a.2 f.b.2 activation", "proj")
+    layer = ("torchvision.ops.misc", "Conv2dNormActivation")
+    spec = extended(
+        spec,
+        extras=("", "f.se", "") if with_se else (),
+        containers=(("f", 4 if with_se else 3), ("f.a", 3), ("f.b", 3), ("f.c", 2)),
+        wrappers=(
+            ("f", ("torchvision.models.regnet", "BottleneckTransform")),
+            *((name, layer) for name in convs),
+        ),
+    )
+    return BlockAdapter("bottleneck", spec)
+
+
+_REGNET, _REGNET_SE = _regnet_block(False), _regnet_block(True)
+
+BLOCKS: dict[str, BlockAdapter | Callable[[nn.Module], BlockAdapter]] = {
     "torchvision.models.resnet.BasicBlock": BlockAdapter("basic_block", BASIC_BLOCK),
     "torchvision.models.resnet.Bottleneck": BlockAdapter("bottleneck", BOTTLENECK),
+    "torchvision.models.regnet.ResBottleneckBlock": lambda block: (
+        _REGNET if find(block, ("f", "se")) is None else _REGNET_SE
+    ),
 }
 
 REFUSED = {

@@ -1,5 +1,6 @@
 """bottleneck by oneDNN on the CPU."""
 
-from resnet_fused.ops.block_onednn import run, supports
+from resnet_fused.ops.block_cpu import bind_onednn as bind
+from resnet_fused.ops.block_cpu import supports_onednn as supports
 
-__all__ = ["run", "supports"]
+__all__ = ["bind", "supports"]

@@ -1,0 +1,37 @@
+// Winograd convolution on the CPU: the problem, and the kernel for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace rf::winograd {
+
+constexpr int kPanel = 32;                // output channels computed together
+constexpr float kNearInfinity = 0x1p30f;  // an output that overflows when multiplied with this counts as infinite
+
+// Dense channels_last tensors. filters is [K/32, 16, C, 32], bias [K]; C is a multiple of 16, K of 32.
+struct Problem {
+  const float* x;
+  const float* filters;
+  const float* bias;
+  const float* residual;  // or null
+  float* out;
+  int64_t images, height, width, channels;
+  int64_t out_height, out_width, out_channels;
+  int64_t pad_height, pad_width;
+  bool relu;
+};
+
+// Computes these tiles of 2x2 outputs in these panels of output channels. False: some output is not finite, so that the
+// direct sum may differ (where that is infinite, the transforms give NaN). buffer holds buffer_floats(tiles, channels).
+using Run = bool(const Problem&, int64_t first_tile, int64_t tiles, int64_t first_panel, int64_t panels, float* buffer);
+
+inline int64_t buffer_floats(int64_t tiles, int64_t channels) { return 16 * tiles * (channels + kPanel); }
+
+namespace avx512 {
+Run run;
+}
+namespace avx2 {
+Run run;
+}
+
+}  // namespace rf::winograd

@@ -1,0 +1,177 @@
+// A 3x3 convolution of stride 1 on the CPU by Winograd's minimal filtering F(2x2, 3x3), float32, channels_last: 16
+// multiplications for every 4 outputs of a channel pair, where the direct sum takes 36.
+//
+//   Y = Aᵀ [ Σ_c (G g Gᵀ) ⊙ (Bᵀ d B) ] A        Lavin & Gray, Fast Algorithms for Convolutional Neural Networks, 2015
+//
+// d is a 4x4 piece of the padded image, g the filter, Y a 2x2 piece of the output: a tile. A thread takes a block of
+// tiles: it transforms their inputs for all channels (16 matrices of tiles x C, small enough for the second-level
+// cache), multiplies them with the transformed filters of 32 output channels at a time, and transforms the products
+// into outputs, to which bias, residual and ReLU are applied in registers.
+//
+// Included once per instruction set, with RF_ISA the name of its namespace and RF_LANES the floats of its vectors.
+#pragma once
+
+#include <cstdint>
+
+#include "conv_bn_act/winograd.h"
+
+namespace rf::winograd::RF_ISA {
+
+namespace {
+
+using Index = int64_t;
+
+typedef float Vector __attribute__((vector_size(RF_LANES * 4), aligned(4), may_alias));
+
+constexpr int kLanes = RF_LANES;
+constexpr int kPanelVectors = kPanel / kLanes;
+
+inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
+inline void store(float* at, Vector value) { *reinterpret_cast<Vector*>(at) = value; }
+inline Vector zero() { return Vector{}; }
+
+// Bᵀ along one axis.
+inline void input_axis(const Vector& d0, const Vector& d1, const Vector& d2, const Vector& d3, Vector* t, int step) {
+  t[0 * step] = d0 - d2;
+  t[1 * step] = d1 + d2;
+  t[2 * step] = d2 - d1;
+  t[3 * step] = d1 - d3;
+}
+
+struct Tile {
+  Index image, row, column;  // of the output's first pixel
+};
+
+inline Tile tile_at(const Problem& p, Index number) {
+  const Index across = (p.out_width + 1) / 2, down = (p.out_height + 1) / 2;
+  return {number / (across * down), number / across % down * 2, number % across * 2};
+}
+
+// The 16 transformed values of every channel of one tile: v[ξ·plane + c].
+inline void transform_input(const Problem& p, const Tile& tile, float* v, Index plane) {
+  const Index top = tile.row - p.pad_height, left = tile.column - p.pad_width;
+  const float* rows[4];
+  bool inside[4];
+  for (int i = 0; i < 4; ++i) {
+    const bool row_inside = top + i >= 0 && top + i < p.height;
+    rows[i] = row_inside ? p.x + ((tile.image * p.height + top + i) * p.width + left) * p.channels : nullptr;
+    inside[i] = left + i >= 0 && left + i < p.width;
+  }
+  for (Index c = 0; c < p.channels; c += kLanes) {
+    Vector t[16];
+    for (int i = 0; i < 4; ++i) {
+      Vector d[4];
+      for (int j = 0; j < 4; ++j) d[j] = rows[i] && inside[j] ? load(rows[i] + j * p.channels + c) : zero();
+      input_axis(d[0], d[1], d[2], d[3], t + 4 * i, 1);
+    }
+    for (int j = 0; j < 4; ++j) {
+      Vector u[4];
+      input_axis(t[j], t[4 + j], t[8 + j], t[12 + j], u, 1);
+      for (int i = 0; i < 4; ++i) store(v + (4 * i + j) * plane + c, u[i]);
+    }
+  }
+}
+
+// m[row, 0:COLUMNS·lanes] = Σ_c v[row, c] · u[c, …] for ROWS rows; everything that is summed stays in registers.
+template <int ROWS, int COLUMNS>
+inline void multiply(const float* v, Index v_stride, const float* u, Index channels, float* m) {
+  Vector sum[ROWS][COLUMNS];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; ++j) sum[r][j] = zero();
+  }
+  for (Index c = 0; c < channels; ++c, u += kPanel) {
+    Vector right[COLUMNS];
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; ++j) right[j] = load(u + j * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const float left = v[r * v_stride + c];
+#pragma GCC unroll 4
+      for (int j = 0; j < COLUMNS; ++j) sum[r][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; ++j) store(m + r * kPanel + j * kLanes, sum[r][j]);
+  }
+}
+
+// As many registers for sums as leave room for the right side and one broadcast.
+#if RF_LANES == 16
+constexpr int kRows = 14, kColumns = 2;
+#else
+constexpr int kRows = 6, kColumns = 2;
+#endif
+
+template <int ROWS>
+void multiply_rows(Index rows, const float* v, Index v_stride, const float* u, Index channels, float* m) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) {
+      for (int j = 0; j < kPanelVectors; j += kColumns) {
+        multiply<ROWS, kColumns>(v, v_stride, u + j * kLanes, channels, m + j * kLanes);
+      }
+    } else {
+      multiply_rows<ROWS - 1>(rows, v, v_stride, u, channels, m);
+    }
+  }
+}
+
+// The outputs of one tile in 32 channels from k on; returns NaN in a lane where an output is not finite.
+inline Vector transform_output(const Problem& p, const Tile& tile, const float* m, Index plane, Index k, Vector seen) {
+  for (int at = 0; at < kPanel; at += kLanes) {
+    Vector t[2][4];
+    for (int j = 0; j < 4; ++j) {
+      const Vector m0 = load(m + j * plane + at), m1 = load(m + (4 + j) * plane + at);
+      const Vector m2 = load(m + (8 + j) * plane + at), m3 = load(m + (12 + j) * plane + at);
+      t[0][j] = m0 + m1 + m2;
+      t[1][j] = m1 - m2 - m3;
+    }
+    const Vector bias = load(p.bias + k + at);
+    for (int i = 0; i < 2; ++i) {
+      if (tile.row + i >= p.out_height) break;
+      const Vector y[2] = {t[i][0] + t[i][1] + t[i][2] + bias, t[i][1] - t[i][2] - t[i][3] + bias};
+      for (int j = 0; j < 2; ++j) {
+        if (tile.column + j >= p.out_width) break;
+        const Index pixel = (tile.image * p.out_height + tile.row + i) * p.out_width + tile.column + j;
+        const Index offset = pixel * p.out_channels + k + at;
+        Vector value = y[j];
+        if (p.residual) value += load(p.residual + offset);
+        seen += value * kNearInfinity * 0.0f;
+        if (p.relu) value = value < zero() ? zero() : value;
+        store(p.out + offset, value);
+      }
+    }
+  }
+  return seen;
+}
+
+}  // namespace
+
+// See winograd.h. buffer: at least buffer_floats(p, block) floats of this thread's own.
+bool run(const Problem& p, Index first_tile, Index tiles, Index first_panel, Index panels, float* buffer) {
+  const Index v_plane = tiles * p.channels, m_plane = tiles * kPanel;
+  float* v = buffer;
+  float* m = buffer + 16 * v_plane;
+  for (Index t = 0; t < tiles; ++t) transform_input(p, tile_at(p, first_tile + t), v + t * p.channels, v_plane);
+  Vector seen = zero();
+  for (Index panel = first_panel; panel < first_panel + panels; ++panel) {
+    const float* u = p.filters + panel * 16 * p.channels * kPanel;
+    for (Index xi = 0; xi < 16; ++xi) {
+      for (Index t = 0; t < tiles; t += kRows) {
+        multiply_rows<kRows>(tiles - t < kRows ? tiles - t : kRows, v + xi * v_plane + t * p.channels, p.channels,
+                             u + xi * p.channels * kPanel, p.channels, m + xi * m_plane + t * kPanel);
+      }
+    }
+    for (Index t = 0; t < tiles; ++t) {
+      seen = transform_output(p, tile_at(p, first_tile + t), m + t * kPanel, m_plane, panel * kPanel, seen);
+    }
+  }
+  bool finite = true;
+  for (int lane = 0; lane < kLanes; ++lane) finite &= seen[lane] == 0.0f;
+  return finite;
+}
+
+}  // namespace rf::winograd::RF_ISA
