@@ -119,7 +119,8 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
 std::string schema() {
   const std::string backend = "str backend";
   for (const std::string text : kSchemas) {
-    if (text.starts_with("bottleneck(")) return std::string(text).replace(text.find(backend), backend.size(), "str kernel=''");
+    if (!text.starts_with("bottleneck(")) continue;
+    return std::string(text).replace(text.find(backend), backend.size(), "str kernel=''");
   }
   return "";
 }

@@ -62,9 +62,25 @@ struct fp16 {
 
 template <class E, class Tile>
 constexpr KernelInfo describe(const char* name, const std::array<int, 10>& parameters) {
-  return {name,           E::kElement,      Tile::MID,       Tile::CIN,          Tile::STRIDE,      Tile::PROJECT,
-          Tile::RESIDENT, Tile::TILE_H,     Tile::TILE_W,    Tile::kHaloH,       Tile::kHaloW,      Tile::kRows,
-          Tile::kPassRows, Tile::kPasses,   Tile::kSteps,    Tile::kChunkBytes,  Tile::kSharedBytes, Tile::BLOCKS, parameters};
+  return {name,
+          E::kElement,
+          Tile::MID,
+          Tile::CIN,
+          Tile::STRIDE,
+          Tile::PROJECT,
+          Tile::RESIDENT,
+          Tile::TILE_H,
+          Tile::TILE_W,
+          Tile::kHaloH,
+          Tile::kHaloW,
+          Tile::kRows,
+          Tile::kPassRows,
+          Tile::kPasses,
+          Tile::kSteps,
+          Tile::kChunkBytes,
+          Tile::kSharedBytes,
+          Tile::BLOCKS,
+          parameters};
 }
 
 #define RF_BOTTLENECK_INFO(name, type, ...) describe<type, Tile<__VA_ARGS__>>(#name, {__VA_ARGS__}),

@@ -114,8 +114,10 @@ class InputStream {
       const int chunk = i % 8, slice = i / 8 % Tile::kSlicesX, pixel = i / 8 / Tile::kSlicesX;
       const int p = place.p0 + pixel / Tile::TILE_W, q = place.q0 + pixel % Tile::TILE_W;
       const bool inside = p < args_.p && q < args_.q;
-      const int64_t from = p * Tile::STRIDE * args_.x_stride_h + q * Tile::STRIDE * args_.x_stride_w + slice * kDepth + chunk * 8;
-      async_copy<16>(to + slice * Tile::kCentreSlice + chunk_at(pixel, chunk, pixel & 7), image + (inside ? from : 0), inside);
+      const int64_t from = p * Tile::STRIDE * args_.x_stride_h + q * Tile::STRIDE * args_.x_stride_w +
+                           (slice * kDepth + chunk * 8);
+      async_copy<16>(to + slice * Tile::kCentreSlice + chunk_at(pixel, chunk, pixel & 7), image + (inside ? from : 0),
+                     inside);
     }
   }
 

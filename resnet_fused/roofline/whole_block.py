@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from resnet_fused import extension
+from resnet_fused.modules.blocks import FusedBottleneck
 from resnet_fused.roofline.bound import H200, Device
+from resnet_fused.roofline.levels import count
 
 _SIZE = 2  # bytes of an element: the kernels compute bfloat16 and float16
 _WARPS_M, _WARPS_N = 4, 2
@@ -140,22 +143,28 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 1
     rows = {row["name"]: row for row in extension.module().bottleneck_kernels()}
-    print(
-        "| block | batch | tiles | FLOPs done / useful | L2 / memory bytes "
-        "| memory us | L2 us | mma us | shared us | predicted us |"
-    )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("| block | batch | tiles | FLOPs done / useful | L2 / memory bytes | memory us | L2 us | mma us | shared us "
+          "| **predicted us** | whole-block bound us | per-conv bound us |")  # fmt: skip
+    print("|---|" + "---:|" * 11)
     for name, kernel, side in BLOCKS:
         for n in (1, 32, 256):
             a = account(rows[kernel], n, side, side)
-            times = {unit: 1e6 * seconds for unit, seconds in a.times().items()}
+            times = list(a.times().values())
             memory = a.x_bytes + a.out_bytes + a.parameter_bytes
-            print(
-                f"| {name} | {n} | {a.tiles} | {a.flops / a.useful_flops:.2f} | {a.l2_bytes / memory:.2f} | "
-                + " | ".join(f"{value:.1f}" for value in (*times.values(), max(times.values())))
-                + " |"
-            )
+            counts = count(_module(rows[kernel]), (n, rows[kernel]["cin"], side, side))
+            bounds = [counts[level].bound(H200, torch.bfloat16).seconds for level in ("block", "conv")]
+            cells = [f"{1e6 * seconds:.1f}" for seconds in (*times, max(times), *bounds)]
+            cells[4] = f"**{cells[4]}**"
+            ratios = f"{a.flops / a.useful_flops:.2f} | {a.l2_bytes / memory:.2f}"
+            print(f"| {name} | {n} | {a.tiles} | {ratios} | {' | '.join(cells)} |")
     return 0
+
+
+def _module(kernel: Mapping[str, Any]) -> nn.Module:
+    """The block that ``kernel`` computes."""
+    cin, out, stride = kernel["cin"], 4 * kernel["mid"], kernel["stride"]
+    projection = nn.Sequential(nn.Conv2d(cin, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+    return FusedBottleneck(cin, kernel["mid"], stride, projection if kernel["project"] else None)
 
 
 if __name__ == "__main__":
