@@ -32,7 +32,7 @@ def chosen_backend(kind: str, pairs: list[tuple[nn.Conv2d, nn.Module]], backend:
 
 def _whole_kernel(kind: str, pairs: list[tuple[nn.Conv2d, nn.Module]], backend: str) -> bool:
     """Whether the block is one kernel of this GPU backend."""
-    if kind not in _BLOCK_DEPTH or backend not in ("cuda", "triton"):
+    if kind not in _BLOCK_DEPTH:
         return False
     depth = _BLOCK_DEPTH[kind]
     found = [parts.with_statistics(conv, norm) for conv, norm in pairs]

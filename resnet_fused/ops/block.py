@@ -193,11 +193,11 @@ def _plan(name: str, call: BlockCall, backend: str) -> _Plan:
 
 
 def one_kernel(name: str, call: BlockCall, backend: str) -> bool:
-    """Whether the backend asked for computes this block on a GPU in one kernel; otherwise it is a chain of conv_bn_act.
+    """Whether the block is one kernel of the backend asked for; otherwise it is a chain of conv_bn_act.
 
-    "auto" stays with the chain: no GPU has timed the whole-block kernels yet.
+    "cuda" alone has such a choice; "auto" stays with the chain, since no GPU has timed the whole-block kernels yet.
     """
-    return backends.check_name(backend) != backends.AUTO and backends.refusal(name, backend, call) is None
+    return backends.check_name(backend) == "cuda" and backends.refusal(name, backend, call) is None
 
 
 def _eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:
