@@ -1,6 +1,7 @@
 """Whole bottlenecks by Triton in one launch: a contender, for a tuner to measure against the chain and against cuda.
 
-It reads what :mod:`.cuda` reads and rounds where that rounds; the dispatch does not choose it, since no GPU has timed it.
+It reads what :mod:`.cuda` reads and rounds where that rounds; the dispatch does not choose it, since no GPU has timed
+it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A whole bottleneck in one Triton launch: the first hidden tensor of a tile lies in a scratch slot of its program.
 
 A program takes a tile of output pixels: the first 1x1 on the tile and its halo of one pixel goes to the slot, which is
-written and read by this program alone and stays in L2; the 3x3 reads it shifted by each tap; its result stays in registers
-for the last 1x1. Compute is in NHWC, sums are float32, both hidden tensors are rounded once.
+written and read by this program alone and stays in L2; the 3x3 reads it shifted by each tap; its result stays in
+registers for the last 1x1. Compute is in NHWC, sums are float32, both hidden tensors are rounded once.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
@@ -68,11 +68,11 @@ def bottleneck(
             y = _dot(hidden, tl.load(w3 + o[None, :] * MID + mid[:, None]), tl.zeros((BM, BN), tl.float32), "tf32")
             y = _batch_norm(y, o, o < COUT, bias3, mean3, var3, gamma3, beta3, eps3)
             if PROJECT:
-                acc = tl.zeros((BM, BN), tl.float32)
+                projected = tl.zeros((BM, BN), tl.float32)
                 for c in range(0, CIN, BK):
                     a = tl.load(image + at[:, None] + (c + k)[None, :], mask=inside[:, None], other=0.0)
-                    acc = _dot(a, tl.load(wp + o[None, :] * CIN + (c + k)[:, None]), acc, "tf32")
-                y += _batch_norm(acc, o, o < COUT, biasp, meanp, varp, gammap, betap, epsp)
+                    projected = _dot(a, tl.load(wp + o[None, :] * CIN + (c + k)[:, None]), projected, "tf32")
+                y += _batch_norm(projected, o, o < COUT, biasp, meanp, varp, gammap, betap, epsp)
             else:
                 y += tl.load(image + at[:, None] + o[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
             tl.store(to + o[None, :], _relu(y).to(out.dtype.element_ty), mask=inside[:, None])
