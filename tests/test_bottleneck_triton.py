@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,6 +20,7 @@ from resnet_fused.ops.convbn import ConvBN
 from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.cases import ConvCase
 
+ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -70,3 +76,39 @@ def test_what_it_refuses() -> None:
         triton.supports(call._replace(x=call.x.float()))
     )
     assert "these channels" in str(triton.supports(make(1024, 256, False, 1, (1, 2, 2), torch.bfloat16)))
+
+
+COMPILE = """
+import sys
+from resnet_fused.ops.bottleneck import triton_kernel
+from resnet_fused.testing.triton_compile import resource_usage
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+for cin, mid, stride, project, tile in ((256, 64, 1, 0, (8, 16)), (64, 64, 1, 1, (8, 16)), (256, 128, 2, 1, (8, 8))):
+    constants = {"CIN": cin, "MID": mid, "STRIDE": stride, "PROJECT": project, "TILE_H": tile[0], "TILE_W": tile[1],
+                 "HALO_H": (tile[0] - 1) * stride + 3, "HALO_W": (tile[1] - 1) * stride + 3, "BK": 64, "BN": 64}
+    names = triton_kernel.bottleneck.arg_names
+    for name in names:  # what is absent is a constant, as it is in a launch
+        if name.startswith("bias") or (not project and name in ("wp", "meanp", "varp", "gammap", "betap")):
+            constants[name] = None
+    sizes = ("tiles", "tiles_h", "tiles_w", "h", "w", "p", "q", "x_n", "x_h", "x_w")
+    types = {name: "fp32" if name.startswith("eps") else "i32" if name in sizes else "*bf16" for name in names}
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name] == "*bf16" or name in ("x_n", "x_h", "x_w")]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(triton_kernel.bottleneck, signature, constants, attrs)
+    options = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    usage = resource_usage(compiled.asm["cubin"])
+    assert usage["STACK"] == usage["LOCAL"] == 0, usage
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+"""
+
+
+def test_it_compiles_to_wgmma_without_spills() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE], env=environment, capture_output=True,
+                            text=True, cwd=ROOT)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
