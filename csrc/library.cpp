@@ -10,6 +10,7 @@
 #include "conv_bn_act/onednn.h"
 #ifdef RF_CUDA
 #include "add_relu/ops.h"
+#include "bottleneck/ops.h"
 #include "conv_bn_act/ops.h"
 #endif
 
@@ -97,6 +98,11 @@ void block_op(StableIValue* stack, uint64_t, uint64_t) {
   if (block.x.is_cpu() && by_onednn(block.x, backend, "block")) {
     return give(stack, laid_out(onednn::run(block), block_layout(block)));
   }
+#ifdef RF_CUDA
+  if (DEPTH == 3 && backend == "cuda" && block.x.is_cuda() && block.x.numel() > 0 && !bottleneck::refusal_of(block)) {
+    return give(stack, laid_out(bottleneck::run_cuda(block, ""), block_layout(block)));
+  }
+#endif
   const Tensor out = run_chain(block, [&](const Tensor& x, const ConvBN& conv, const OptionalTensor& residual,
                                           bool relu) { return convolve(x, conv, residual, relu, backend); });
   give(stack, has_eagers_strides(block.x, backend) ? out : laid_out(out, block_layout(block)));
