@@ -17,7 +17,7 @@ from resnet_fused.ops import library, packed
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, Shape, check_addend, check_conv, check_input, short_dtype
-from resnet_fused.ops.layout import eager_strides, with_strides
+from resnet_fused.ops.layout import eager_strides, like_eager, with_strides
 from resnet_fused.ops.schemas import SCHEMAS
 from resnet_fused.ops.tensor_cache import TensorCache
 
@@ -158,6 +158,9 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
     x, identity = call.x, call.identity
     if x.device.type != "cpu":
         check_block(call)
+        if x.numel() > 0 and one_kernel(name, call, backend):
+            out: Tensor = backends.choose(name, call, backend, ()).run(call)
+            return like_eager(out, _eager, x, (*call.convs, call.shortcut), identity)
         return run_chain(call, lambda c: conv_bn_act.compute(c, backend))
     convs = call.convs if call.shortcut is None else (*call.convs, call.shortcut)
     tensors = sum([conv[:6] for conv in convs], ())
@@ -187,6 +190,14 @@ def _plan(name: str, call: BlockCall, backend: str) -> _Plan:
         return run_chain(call._replace(x=x, identity=identity), lambda c: conv_bn_act.compute(c, backend))
 
     return _Plan(chain, strides)
+
+
+def one_kernel(name: str, call: BlockCall, backend: str) -> bool:
+    """Whether the block is one kernel of the backend asked for; otherwise it is a chain of conv_bn_act.
+
+    "cuda" alone has such a choice; "auto" stays with the chain, since no GPU has timed the whole-block kernels yet.
+    """
+    return backends.check_name(backend) == "cuda" and backends.refusal(name, backend, call) is None
 
 
 def _eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:
