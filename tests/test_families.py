@@ -68,7 +68,7 @@ OTHERS = {
     ("transformers ResNet", "ResNet-50 v1"): (16, 1, set(), set()),
     ("transformers ResNet", "ResNet-18 silu"): (
         0, 0, set(),
-        {f"{a} is transformers.activations.SiLUActivation, need nn.ReLU" for a in ("activation", "embedder.activation")},
+        {f"{at}activation is transformers.activations.SiLUActivation, need nn.ReLU" for at in ("", "embedder.")},
     ),
     ("transformers DETR, RT-DETR", "RT-DETR r18"): (8, 1, {"the AvgPool2d in shortcut stays eager"}, set()),
     ("segmentation_models_pytorch", "Unet(resnet18)"): (8, 1, set(), set()),
