@@ -20,6 +20,7 @@ from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, Shape, check_addend, 
 from resnet_fused.ops.layout import eager_strides, with_strides
 from resnet_fused.ops.schemas import SCHEMAS
 from resnet_fused.ops.tensor_cache import TensorCache
+from resnet_fused.tuning import lookup
 
 _FIELDS = len(ConvBN._fields)
 
@@ -158,7 +159,10 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
     x, identity = call.x, call.identity
     if x.device.type != "cpu":
         check_block(call)
-        return run_chain(call, lambda c: conv_bn_act.compute(c, backend))
+        run = _whole(name, call, backend)
+        if run is None:
+            return run_chain(call, lambda c: conv_bn_act.compute(c, backend))
+        return with_strides(run(x, identity), eager_strides(_eager, x, (*call.convs, call.shortcut), identity))
     convs = call.convs if call.shortcut is None else (*call.convs, call.shortcut)
     tensors = sum([conv[:6] for conv in convs], ())
     plans = _PLANS.get(tensors, (name, call.shortcut is None, *[conv[6:] for conv in convs]), dict)
@@ -178,15 +182,59 @@ def _plan(name: str, call: BlockCall, backend: str) -> _Plan:
     """Check the call and choose who computes it."""
     check_block(call)
     strides = eager_strides(_eager, call.x, (*call.convs, call.shortcut), call.identity)
-    whole = [] if call.x.numel() == 0 or not packed.lasting(call.convs[0]) else ["cpu", "onednn"]
-    for candidate in whole:
-        if backend in (candidate, backends.AUTO) and backends.refusal(name, candidate, call) is None:
-            return _Plan(backends.choose(name, call, candidate, ()).bind(call), strides)
+    whole = _whole(name, call, backend)
+    if whole is not None:
+        return _Plan(whole, strides)
 
     def chain(x: Tensor, identity: Tensor | None) -> Tensor:
         return run_chain(call._replace(x=x, identity=identity), lambda c: conv_bn_act.compute(c, backend))
 
     return _Plan(chain, strides)
+
+
+def _whole(name: str, call: BlockCall, backend: str) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """The block as a function of x and identity, where a backend computes it as one; None for the chain."""
+    if call.x.numel() == 0:
+        return None
+    candidates: tuple[str, ...] = (backends.check_name(backend),)
+    if backend == backends.AUTO:
+        found = lookup.find(name, call)
+        if found is not None and found.entry.backend == lookup.CHAIN:
+            return None
+        if found is not None and found.entry.backend == backends.Backend.REFERENCE:
+            return _eager_whole(call, found.entry.config)
+        server = None if found is None else backends.tuned(name, call, found)
+        if server is not None:
+            return _bind(server, call)
+        candidates = ("cpu", "onednn") if call.x.device.type == "cpu" else ()
+    for candidate in candidates:
+        if candidate in backends.NAMES and not packed.lasting(call.convs[0]):
+            continue
+        if backends.refusal(name, candidate, call) is None:
+            return _bind(backends.choose(name, call, candidate, ()), call)
+        if backends.implementation("conv_bn_act", candidate) is None:
+            backends.choose(name, call, candidate, ())  # nor can it be a chain: raises, saying why
+    return None
+
+
+def _bind(server: Any, call: BlockCall) -> Callable[[Tensor, Tensor | None], Tensor]:
+    if hasattr(server, "bind"):
+        return server.bind(call)  # type: ignore[no-any-return]
+    return lambda x, identity: server.run(call._replace(x=x, identity=identity))
+
+
+def _eager_whole(call: BlockCall, layout: str | None) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The block by eager PyTorch, in the call's memory format or another."""
+
+    def run(x: Tensor, identity: Tensor | None) -> Tensor:
+        now = call._replace(x=x, identity=identity)
+        if layout is not None:
+            from resnet_fused.tuning.layouts import turned
+
+            now = turned(now, layout)
+        return run_chain(now, reference.run)
+
+    return run
 
 
 def _eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:
