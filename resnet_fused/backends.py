@@ -168,9 +168,12 @@ def tuned(op: str, call: Any, found: lookup.Found) -> Server | None:
     name, config = found.entry.backend, found.entry.config
     if name not in all_names() or refusal(op, name, call) is not None:
         return None
-    if not found.resolved and (config is None or lookup.aligned(call)):
-        found.server, found.resolved = _configured(op, name, config, call), True
-    server: Server | None = found.server if found.resolved else implementation(op, name)
+    if config is not None and name != Backend.REFERENCE and not lookup.aligned(call):
+        server: Server | None = implementation(op, name)  # which chooses a config itself
+    else:
+        if not found.resolved:
+            found.server, found.resolved = _configured(op, name, config, call), True
+        server = found.server
     if server is not None and _logging():
         _log_choice(op, f"{name}{'' if config is None else f' {config}'} (tuned)", call)
     return server

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 OPS = ("conv_bn_act", "add_relu", "basic_block", "bottleneck")
@@ -98,6 +102,26 @@ def unregister_backend(name: str) -> None:
     for pair in [pair for pair in REGISTERED if pair[1] == name]:
         del REGISTERED[pair]
     _choose_anew()
+
+
+def load(spec: str) -> None:
+    """Import a module that registers backends: ``package.module``, or the path of a file that ends in ``.py``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        Exception: whatever the module raises.
+    """
+    if not spec.endswith(".py"):
+        importlib.import_module(spec)
+        return
+    path = Path(spec).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules.setdefault(path.stem, module)  # where Triton, say, looks for a kernel's globals
+    found.loader.exec_module(module)
 
 
 def _choose_anew() -> None:

@@ -1,4 +1,4 @@
-"""The command line ``resnet-fused``: ``info``, ``check``, ``bench``, ``families``, ``demo``; one module each."""
+"""The command line ``resnet-fused``: one module for each command (``info``, ``check``, ``bench``, ``tune``, …)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import resnet_fused
-from resnet_fused.cli import bench, check, demo, families, info
+from resnet_fused.cli import bench, check, demo, families, info, tune
 from resnet_fused.cli.common import UserError
 
-COMMANDS = (info, check, bench, families, demo)
+COMMANDS = (info, check, bench, tune, families, demo)
 
 
 class _Parser(argparse.ArgumentParser):

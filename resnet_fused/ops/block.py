@@ -202,7 +202,8 @@ def _whole(name: str, call: BlockCall, backend: str) -> Callable[[Tensor, Tensor
         if found is not None and found.entry.backend == lookup.CHAIN:
             return None
         if found is not None and found.entry.backend == backends.Backend.REFERENCE:
-            return _eager_whole(call, found.entry.config)
+            if found.entry.config in (None, *lookup.LAYOUTS):
+                return _eager_whole(call, found.entry.config)
         server = None if found is None else backends.tuned(name, call, found)
         if server is not None:
             return _bind(server, call)

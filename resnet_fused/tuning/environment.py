@@ -86,7 +86,7 @@ def _driver() -> str:
         found = re.search(r"Module\s+(?:for \S+\s+)?([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
     except OSError:
         found = None
-    return found.group(1) if found else str(torch._C._cuda_getDriverVersion())
+    return found.group(1) if found else str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
 
 
 def _version(package: str) -> str:

@@ -208,9 +208,7 @@ def tune_call(op: str, call: Any, *, repeats: int, max_seconds: float, sample: S
             entries[label(entry)], runs[label(entry)] = entry, run
         else:
             excluded[label(entry)] = problem
-    timings = interleaved(
-        runs, device=call[0].device, repeats=repeats, max_seconds=max_seconds, sample=sample
-    )
+    timings = interleaved(runs, device=call[0].device, repeats=repeats, max_seconds=max_seconds, sample=sample)
     times = {name: round(1e3 * timing.p50, 6) for name, timing in timings.items()}
     best = min(times, key=times.__getitem__)  # the first of equal ones
     key = lookup.key(op, call)
