@@ -199,11 +199,11 @@ def _whole(name: str, call: BlockCall, backend: str) -> Callable[[Tensor, Tensor
     candidates: tuple[str, ...] = (backends.check_name(backend),)
     if backend == backends.AUTO:
         found = lookup.find(name, call)
-        if found is not None and found.entry.backend == lookup.CHAIN:
+        by, layout = (None, None) if found is None else (found.entry.backend, found.entry.config)
+        if by == lookup.CHAIN:
             return None
-        if found is not None and found.entry.backend == backends.Backend.REFERENCE:
-            if found.entry.config in (None, *lookup.LAYOUTS):
-                return _eager_whole(call, found.entry.config)
+        if by == backends.Backend.REFERENCE and layout in (None, *lookup.LAYOUTS):
+            return _eager_whole(call, layout)
         server = None if found is None else backends.tuned(name, call, found)
         if server is not None:
             return _bind(server, call)
