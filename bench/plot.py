@@ -26,7 +26,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from resnet_fused.testing.bench import contenders, store, summary
 from resnet_fused.testing.bench.store import Row
 
-OURS = ("#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#56b4e9", "#8c510a")
+OURS = ("#e69f00", "#d55e00", "#cc79a7", "#56b4e9", "#8c510a")
 PEERS = ("#009e73", "#66a61e", "#01665e", "#a6761d", "#5ab4ac")
 MARKERS = "osD^vP*X<>hp"
 LINE, GAP = 0.19, 1.5  # inches: of a row of a dot plot, and around them
@@ -41,10 +41,11 @@ class Theme:
     ink: str
     faint: str
     eager: tuple[str, ...]
+    first: str  # of ours
 
 
-LIGHT = Theme("", "#ffffff", "#1f2328", "#d8dce1", ("#8a8f98", "#555b64"))
-DARK = Theme("-dark", "#14171a", "#e6e8ea", "#383d43", ("#8a8f98", "#c3c8ce"))
+LIGHT = Theme("", "#ffffff", "#1f2328", "#d8dce1", ("#8a8f98", "#555b64"), "#0072b2")
+DARK = Theme("-dark", "#14171a", "#e6e8ea", "#383d43", ("#8a8f98", "#c3c8ce"), "#4aa8ff")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Styles:
         self._place = {name: (i, names.index(name)) for group in groups for i, name in enumerate(group)}
 
     def of(self, name: str, theme: Theme) -> tuple[str, str]:
-        colours = {"eager": theme.eager, "ours": OURS, "peer": PEERS}[kind(name)]
+        colours = {"eager": theme.eager, "ours": (theme.first, *OURS), "peer": PEERS}[kind(name)]
         i, at = self._place[name]
         return colours[i % len(colours)], MARKERS[at % len(MARKERS)]
 
@@ -178,8 +179,8 @@ def _roofline(rows: list[Row], title: str, styles: Styles):
                       linewidth=1.4, zorder=2)  # fmt: skip
             axes.annotate(f"matrix product {rate / 1e9:.4g} GFLOP/s", (high, rate / 1e9), (-4, 5), fontsize=8,
                           textcoords="offset points", ha="right", color=theme.ink)  # fmt: skip
-            axes.annotate(f"copy {bandwidth / 1e9:.4g} GB/s", (low, low * bandwidth / 1e9), (6, 2), fontsize=8,
-                          textcoords="offset points", va="bottom", ha="left", color=theme.ink, rotation=0)  # fmt: skip
+            axes.annotate(f"copy {bandwidth / 1e9:.4g} GB/s", (low, low * bandwidth / 1e9), (14, 0), fontsize=8,
+                          textcoords="offset points", va="top", ha="left", color=theme.ink)  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
         _numbers(axes.xaxis, axes.get_xlim(), "")
