@@ -1,7 +1,7 @@
 """The same cases and contenders under pytest-benchmark, for its comparisons and histograms:
 
     pytest bench/ --benchmark-only --suite blocks --batch 8 --benchmark-autosave
-    pytest-benchmark compare --group-by=group --histogram
+    pytest-benchmark compare --group-by=group --histogram      # needs pytest-benchmark[histogram]
 
 Each contender is compared with eager before it is timed; run.py, where they take turns, gives the figures to quote.
 """

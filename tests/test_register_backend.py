@@ -162,13 +162,13 @@ def test_the_harness_gates_times_and_draws_it(plugin, tmp_path, monkeypatch, cap
     monkeypatch.setattr(run, "measure_rates", lambda *args: rates)
     names = ["eager NCHW", "fused", "fused[right]", "fused[wrong]", "fused[picky]"]
     options = run.parser("", ("kernels",), (1,)).parse_args(
-        ["--load", plugin, "--device", "cpu", "--dtype", "float32", "--model", "resnet18", "--size", "32"]
-        + ["--case", "K64k3s1-res", "--results", str(tmp_path), "--contender", *names]
+        [
+            *("--load", plugin, "--device", "cpu", "--dtype", "float32", "--model", "resnet18", "--size", "32"),
+            *("--case", "K64k3s1-res", "--results", str(tmp_path), "--contender", *names),
+        ]
     )
-    try:
-        assert run.execute(options, Steady(torch.device("cpu"))) == 1  # one of those asked for is wrong
-    finally:
-        out = capsys.readouterr().out
+    assert run.execute(options, Steady(torch.device("cpu"))) == 1  # one of those asked for is wrong
+    out = capsys.readouterr().out
     assert "RED, not timed" in out and "fused[wrong]" in out
     (path,) = tmp_path.glob("*.csv")
     rows, problems = store.read(path)
