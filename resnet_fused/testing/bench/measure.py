@@ -132,7 +132,8 @@ def measure_case(
             if name in timings:
                 timing = timings[name]
                 row |= {f"{key}_ms": value for key, value in timing.to_dict().items()}
-                row["peak_bytes"] = "" if peaks.get(name) is None else peaks[name]
+                peak = peaks.get(name)
+                row |= {"peak_bytes": "" if peak is None else str(peak)}
                 row |= {"samples": len(timing.samples), "roofline_pct": 100 * bound.seconds / timing.p50}
             rows.append(row)
     return rows
