@@ -13,19 +13,19 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 help:
 	@echo "make demo    train, fuse, compare and time on real images; a chart and figures in $(OUT)/"
 	@echo "make test    the test suite"
-	@echo "make ext     the compiled library, in place (make test does it too)"
+	@echo "make ext     the compiled library, in place (the others do it too)"
 	@echo "make lint    ruff (lint and format) and mypy"
 	@echo "make bench   time $(MODEL), eager beside fused; MODEL=timm:resnet50 for another"
 	@echo "make clean   remove $(VENV), $(OUT)/ and what the tools left"
 
-demo: $(VENV)/.bench
+demo: $(VENV)/.bench ext
 	$(BIN)/resnet-fused demo --out $(OUT)
 
-test: ext
+test: $(VENV)/.dev ext
 	$(BIN)/python -m pytest -n auto --dist=worksteal
 
 # What has not changed is not compiled again; without nvcc or a compiler one line says so. MAX_JOBS bounds the jobs.
-ext: $(VENV)/.dev
+ext: $(VENV)/.torch
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 
 lint: $(VENV)/.dev
@@ -33,7 +33,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.bench ext
 	$(BIN)/resnet-fused bench $(MODEL)
 
 clean:
@@ -45,7 +45,7 @@ $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "make: $(PYTHON) is missing or older than Python 3.10; name another: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) setuptools wheel torch
+	$(PIP_INSTALL) setuptools wheel ninja torch
 	@touch $@
 
 $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py build_ext.py

@@ -229,7 +229,8 @@ def _ninja(module: Path, nvcc: str | None) -> str:
             logs.append(f"{name}.log")
             lines.append(f"build {name} | {name}.log: nvcc {source}")
         else:
-            lines.append(f"build {name}: cxx {source}{' | schemas.h' if source.name == 'library.cpp' else ''}")
+            generated = " | schemas.h" if "schemas.h" in source.read_text() else ""
+            lines.append(f"build {name}: cxx {source}{generated}")
             if isa:
                 lines.append(f"  more = {INSTRUCTIONS[isa]}")
     python = sysconfig.get_path("include")

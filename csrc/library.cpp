@@ -10,6 +10,7 @@
 #include "conv_bn_act/onednn.h"
 #ifdef RF_CUDA
 #include "add_relu/ops.h"
+#include "bottleneck/ops.h"
 #include "conv_bn_act/ops.h"
 #endif
 
@@ -36,10 +37,22 @@ bool by_onednn(const Tensor& x, const std::string& backend, const char* op) {
   return able && backend != "reference" && x.numel() > 0;
 }
 
+// Some output sees nothing but padding: oneDNN then writes beyond its memory.
+bool window_in_padding(const ConvBN& conv) {
+  for (int i = 0; i < 2; ++i) {
+    if (conv.padding[i] > conv.dilation[i] * (conv.weight.size(2 + i) - 1)) return true;
+  }
+  return false;
+}
+
 Tensor convolve(const Tensor& x, const ConvBN& conv, const OptionalTensor& residual, bool relu,
                 const std::string& backend) {
   if (x.is_cpu()) {
     if (!by_onednn(x, backend, "conv_bn_act")) return reference(x, conv, residual, relu);
+    if (window_in_padding(conv)) {
+      STD_TORCH_CHECK(backend != "onednn", "conv_bn_act: backend='onednn': padding is as wide as the filter");
+      return reference(x, conv, residual, relu);
+    }
     return onednn::run(x, conv, residual, relu);
   }
   check_backend(backend, "cuda", "conv_bn_act");
@@ -85,6 +98,11 @@ void block_op(StableIValue* stack, uint64_t, uint64_t) {
   if (block.x.is_cpu() && by_onednn(block.x, backend, "block")) {
     return give(stack, laid_out(onednn::run(block), block_layout(block)));
   }
+#ifdef RF_CUDA
+  if (DEPTH == 3 && backend == "cuda" && block.x.is_cuda() && block.x.numel() > 0 && !bottleneck::refusal_of(block)) {
+    return give(stack, laid_out(bottleneck::run_cuda(block, ""), block_layout(block)));
+  }
+#endif
   const Tensor out = run_chain(block, [&](const Tensor& x, const ConvBN& conv, const OptionalTensor& residual,
                                           bool relu) { return convolve(x, conv, residual, relu, backend); });
   give(stack, has_eagers_strides(block.x, backend) ? out : laid_out(out, block_layout(block)));

@@ -5,7 +5,9 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <tuple>
 
+#include "bottleneck/plan.h"
 #include "conv_bn_act/plan.h"
 
 namespace py = pybind11;
@@ -82,6 +84,55 @@ std::optional<std::string> conv_bn_act_refusal(const Sizes& x, const Sizes& weig
   return reason ? std::optional<std::string>(reason) : std::nullopt;
 }
 
+// The constants of csrc/bottleneck/tile.h, one row for each kernel.
+py::list bottleneck_kernels() {
+  py::list rows;
+  for (const rf::bottleneck::KernelInfo& kernel : rf::bottleneck::detail::kKernels) {
+    py::dict row;
+    row["name"] = kernel.name;
+    row["element"] = kernel.element == rf::bottleneck::Element::kBF16 ? "bf16" : "fp16";
+    row["mid"] = kernel.mid;
+    row["cin"] = kernel.cin;
+    row["stride"] = kernel.stride;
+    row["project"] = kernel.project;
+    row["resident"] = kernel.resident;
+    row["tile"] = std::array<int, 2>{kernel.tile_h, kernel.tile_w};
+    row["halo"] = std::array<int, 2>{kernel.halo_h, kernel.halo_w};
+    row["rows"] = kernel.rows;
+    row["pass_rows"] = kernel.pass_rows;
+    row["passes"] = kernel.passes;
+    row["steps"] = kernel.steps;
+    row["chunk_bytes"] = kernel.chunk_bytes;
+    row["threads"] = rf::bottleneck::kThreads;
+    row["shared"] = kernel.shared_bytes;
+    row["blocks"] = kernel.blocks;
+    row["template"] = kernel.parameters;
+    rows.append(row);
+  }
+  return rows;
+}
+
+using ConvSizes = std::tuple<Sizes, Pair, Pair, Pair, int64_t>;  // weight, stride, padding, dilation, groups
+
+// The kernel that computes a bottleneck of these sizes where a block may have this much shared memory, and None; or ""
+// and the reason why there is none.
+std::pair<std::string, std::optional<std::string>> bottleneck_choice(const Sizes& x,
+                                                                     const std::array<ConvSizes, 3>& convs,
+                                                                     const std::optional<ConvSizes>& shortcut,
+                                                                     bool bf16, int shared_limit) {
+  using namespace rf::bottleneck;
+  const auto read = [](const ConvSizes& conv) { return std::make_from_tuple<ConvShape>(conv); };
+  const ConvShape shapes[3] = {read(convs[0]), read(convs[1]), read(convs[2])};
+  const ConvShape projection = shortcut ? read(*shortcut) : ConvShape{};
+  Shape shape{bf16 ? Element::kBF16 : Element::kFP16, 0, 0, 0, 0, false};
+  const char* reason = read_shape(shape, x[1], shapes, shortcut ? &projection : nullptr);
+  if (!reason) reason = sizes_refusal(x[0], x[2], x[3]);
+  if (reason) return {"", reason};
+  const Kernel kernel = kernel_for(shape, shared_limit, &reason);
+  if (kernel == Kernel::kCount) return {"", reason};
+  return {info(kernel).name, std::nullopt};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -89,4 +140,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernel_resources", &kernel_resources);
   m.def("conv_bn_act_kernels", &conv_bn_act_kernels);
   m.def("conv_bn_act_refusal", &conv_bn_act_refusal);
+  m.def("bottleneck_kernels", &bottleneck_kernels);
+  m.def("bottleneck_choice", &bottleneck_choice);
 }

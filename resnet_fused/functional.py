@@ -8,12 +8,14 @@ from torch import Tensor
 from resnet_fused import backends
 from resnet_fused.ops.add_relu import api as _add_relu
 from resnet_fused.ops.basic_block import api as _basic_block
+from resnet_fused.ops.batch_norm_act import api as _batch_norm_act
+from resnet_fused.ops.batch_norm_act.call import BatchNormCall
 from resnet_fused.ops.block import BlockCall
 from resnet_fused.ops.bottleneck import api as _bottleneck
 from resnet_fused.ops.conv_bn_act import api as _conv_bn_act
 from resnet_fused.ops.convbn import ConvBN
 
-__all__ = ["ConvBN", "add_relu", "basic_block", "bottleneck", "conv_bn_act"]
+__all__ = ["ConvBN", "add_relu", "basic_block", "batch_norm_act", "bottleneck", "conv_bn_act"]
 
 IntOrPair = int | tuple[int, int]
 
@@ -97,6 +99,59 @@ def add_relu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
         BackendError: the named backend cannot run this call.
     """
     return _add_relu.OP(a, b, backends.check_name(backend))  # type: ignore[no-any-return]
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    act: str = "relu",
+    num_batches_tracked: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Batch norm with the batch's statistics, residual add and ReLU in one pass behind the statistics.
+
+    Equivalent to::
+
+        num_batches_tracked += 1                                    # when training
+        factor = 1 / num_batches_tracked if momentum is None else momentum
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, factor, eps)
+        y = y + residual            # when given
+        y = F.relu(y)               # when act="relu"
+
+    Args:
+        x: ``[N, C, H, W]``, float16, bfloat16, float32 or float64, any strides.
+        weight, bias: γ and β, ``[C]``, or None for ones and zeros.
+        running_mean, running_var: ``[C]``, or both None. Written once when training. The vectors may be float32 beside
+            a half-precision x.
+        residual: a tensor of x's shape, or None.
+        training: normalise with the mean and variance of the batch, else with the running ones.
+        momentum: weight of the batch in the running statistics; None for the average over all batches so far.
+        eps: added to the variance.
+        act: "relu" or "none". ReLU keeps NaN.
+        num_batches_tracked: integer scalar on x's device, or None; needed when momentum is None.
+        backend: "auto", or a name in ``resnet_fused.backends.NAMES``; a named backend never falls back.
+
+    Returns:
+        ``[N, C, H, W]`` in x's dtype, with the strides that F.batch_norm gives. Differentiable in x, weight, bias and
+        residual, twice too. For the gradient x, the statistics and the output are kept, no mask. An empty batch gives
+        an empty result.
+
+    Raises:
+        ValueError, TypeError: an argument is unsound, or there is one value per channel when training.
+        BackendError: the named backend cannot run this call; the message says why.
+    """
+    call = BatchNormCall(
+        x, weight, bias, running_mean, running_var, num_batches_tracked, residual, training, momentum, eps, act
+    )  # fmt: skip
+    return _batch_norm_act.call_op(call, backends.check_name(backend))
 
 
 def bottleneck(

@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib")
 from resnet_fused.cli import demo
 from resnet_fused.cli.demo import chart, digits, photos
 from resnet_fused.testing.compare import Verdict
+from resnet_fused.training.data import Data, TensorImages
 
 CPU = torch.device("cpu")
 DIGITS = digits.Config(epochs=1, size=8, batch=512, repeats=2)
@@ -42,15 +43,15 @@ def quiet() -> Console:
 
 
 def test_digits_are_split_without_overlap():
-    split = digits.load(16, seed=0)
-    assert split.train_x.shape == (1437, 3, 16, 16)
-    assert split.test_x.shape == (360, 3, 16, 16)
-    assert abs(float(split.train_x.mean())) < 1e-4
-    assert abs(float(split.train_x.std()) - 1) < 1e-4
-    assert set(split.test_y.bincount().tolist()) <= {35, 36, 37}  # of each digit alike
-    seen = {x.numpy().tobytes() for x in split.train_x}
-    assert not any(x.numpy().tobytes() in seen for x in split.test_x)
-    assert torch.equal(digits.load(16, seed=0).test_x, split.test_x)
+    data, held_out = digits.load(16, seed=0)
+    assert data.train.x.shape == (1437, 3, 16, 16)
+    assert held_out.x.shape == (360, 3, 16, 16)
+    assert abs(float(data.train.x.mean())) < 1e-4
+    assert abs(float(data.train.x.std()) - 1) < 1e-4
+    assert set(held_out.y.bincount().tolist()) <= {35, 36, 37}  # of each digit alike
+    seen = {x.numpy().tobytes() for x in data.train.x}
+    assert not any(x.numpy().tobytes() in seen for x in held_out.x)
+    assert torch.equal(digits.load(16, seed=0)[1].x, held_out.x)
 
 
 def test_crops_are_what_the_photographs_hold():
@@ -67,12 +68,13 @@ def test_crops_are_what_the_photographs_hold():
 
 
 def test_training_lowers_the_loss():
-    whole = digits.load(8, seed=0)
-    split = digits.Split(whole.train_x[:512], whole.train_y[:512], whole.test_x, whole.test_y)
+    whole, held_out = digits.load(8, seed=0)
+    some = TensorImages(whole.train.x[:512], whole.train.y[:512], whole.train.transform)
+    data = Data(some, held_out, whole.classes, "")
     torch.manual_seed(0)
     model = rf.resnet20(planes=(8, 16, 32))
     plain = Console(file=io.StringIO(), width=80)
-    digits.train(model, split, digits.Config(epochs=4, size=8), plain)
+    digits.train(model, data, digits.Config(epochs=4, size=8), plain)
     lines = plain.file.getvalue().splitlines()
     losses = [float(line.rpartition(" ")[2]) for line in lines]
     assert [line.split()[1] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]

@@ -262,7 +262,6 @@ class MyNorm(nn.BatchNorm2d):
 
 
 REFUSED = {
-    "sync": ("bn2", lambda: nn.SyncBatchNorm(8), "SyncBatchNorm"),
     "group-norm": ("bn2", lambda: nn.GroupNorm(2, 8), "GroupNorm"),
     "norm-subclass": ("bn2", lambda: MyNorm(8), "MyNorm"),
     "no-statistics": ("bn2", lambda: nn.BatchNorm2d(8, track_running_stats=False), "no running statistics"),

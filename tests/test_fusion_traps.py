@@ -195,7 +195,6 @@ class MyNorm(nn.BatchNorm2d):
 
 
 @pytest.mark.parametrize(("part", "module", "text"), [
-    ("bn2", nn.SyncBatchNorm(4), "SyncBatchNorm"),
     ("bn2", nn.GroupNorm(2, 4), "GroupNorm"),
     ("bn1", MyNorm(4), "MyNorm"),
     ("bn3", nn.BatchNorm2d(16, track_running_stats=False), "running statistics"),

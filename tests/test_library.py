@@ -72,7 +72,7 @@ def test_importing_loads_no_compiled_library(library: str) -> None:
         "import torch, resnet_fused as rf\n"
         "loaded = lambda: 'libresnet_fused.so' in open('/proc/self/maps').read()\n"
         "before = loaded()\n"
-        "rf.fuse(rf.resnet20().eval())(torch.randn(1, 3, 32, 32))\n"
+        "rf.fuse(rf.resnet20().eval())\n"
         "print(before, loaded(), rf.extension.missing(), loaded())"
     )
     done = python(code)
@@ -111,6 +111,15 @@ def test_compiled_ops(library: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["conv_bn_act", "specials", "blocks", "refusals"]
+
+
+def test_compiled_ops_on_random_problems(library: str) -> None:
+    """The properties of test_properties.py on the library's own ops: see library/compiled_properties.py."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "compiled_properties.py"), library], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["conv_bn_act"]
 
 
 def test_a_program_without_python_runs_an_exported_model(library: str, tmp_path: Path) -> None:

@@ -25,6 +25,15 @@ def test_no_config_spills_and_all_use_the_tensor_cores(capability: int) -> None:
     assert result.stdout.endswith("\n0 kernels with faults\n")
 
 
+def test_norm_kernels_do_not_spill_and_move_16_bytes_at_a_time() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "resnet_fused.testing.triton_norm_compile", "--quick"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert result.stdout.count("-bf16-") == 3 * 5 * 3 * 2
+    assert result.stdout.endswith("\n0 kernels with faults\n")
+
+
 def test_every_shipped_config_is_compiled_somewhere() -> None:
     compiled = {(v.config, v.dtype) for v in variants(thorough=False)}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -30,4 +30,8 @@ int capability(int device) {
          attribute<cudaDevAttrComputeCapabilityMinor>(device);
 }
 
+int shared_per_block(int device) { return attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device); }
+
+int shared_per_multiprocessor(int device) { return attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(device); }
+
 }  // namespace rf

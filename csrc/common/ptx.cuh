@@ -8,6 +8,8 @@
 #define RF_KERNEL(threads, min_blocks) __global__ void __launch_bounds__(threads, min_blocks)
 #define RF_CONSTANT __grid_constant__ const
 #define RF_UNROLL _Pragma("unroll")
+#define RF_UNROLL_TWICE _Pragma("unroll 2")
+#define RF_ROLLED _Pragma("unroll 1")
 #define RF_SHARED_ARRAY(T, name, count)           \
   __shared__ __align__(16) T name##_array[count]; \
   const ::rf::SharedAddress name = ::rf::shared_address(name##_array)

@@ -27,7 +27,12 @@ bool suggests_channels_last(const Layout& layout) {
 }  // namespace
 
 Tensor reference(const Tensor& x, const ConvBN& conv, const OptionalTensor& residual, bool relu) {
-  Tensor y = call("aten::conv2d", "", x, conv.weight, conv.bias, list(conv.stride), list(conv.padding),
+  OptionalTensor bias = conv.bias;  // float32 beside half precision under autocast
+  if (bias && bias->scalar_type() != x.scalar_type()) {
+    Tensor narrow = empty_strided({bias->size(0)}, {1}, x.scalar_type(), x);
+    bias = torch::stable::copy_(narrow, *conv.bias);
+  }
+  Tensor y = call("aten::conv2d", "", x, conv.weight, bias, list(conv.stride), list(conv.padding),
                   list(conv.dilation), conv.groups);
   y = call("aten::batch_norm", "", y, conv.gamma, conv.beta, OptionalTensor(conv.mean), OptionalTensor(conv.var), false,
            0.0, conv.eps, true);

@@ -1,4 +1,4 @@
-"""The command line ``resnet-fused``: one module for each command (``info``, ``check``, ``bench``, ``tune``, …)."""
+"""The command line ``resnet-fused``, one module per command."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import resnet_fused
-from resnet_fused.cli import bench, check, demo, families, info, tune
+from resnet_fused.cli import bench, check, demo, families, info, train, tune
 from resnet_fused.cli.common import UserError
 
-COMMANDS = (info, check, bench, tune, families, demo)
+COMMANDS = (info, check, bench, tune, train, families, demo)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,13 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from resnet_fused.testing.compare import ComparisonError
     from resnet_fused.testing.models import ModelError
+    from resnet_fused.training import TrainingError
 
     args = parser().parse_args(argv)
     try:
         code: int = args.run(args)
         sys.stdout.flush()
         return code
-    except (UserError, ModelError, ComparisonError, OutOfMemoryError) as error:
+    except (UserError, ModelError, ComparisonError, TrainingError, OutOfMemoryError) as error:
         print(f"resnet-fused: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, `head` say, has enough; what is still buffered must not raise at exit

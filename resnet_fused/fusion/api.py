@@ -16,6 +16,7 @@ from resnet_fused.fusion.generic import NOT_FUSED, fuse_generic, generic_entries
 from resnet_fused.fusion.layout import relayout, restore
 from resnet_fused.fusion.match import Match, match, pairs_of
 from resnet_fused.fusion.report import FUSED, SKIPPED, FusionEntry, FusionReport
+from resnet_fused.modules import parts
 from resnet_fused.modules.base import FusedModule, adopt, original_class, release
 from resnet_fused.modules.spec import FusedState
 from resnet_fused.modules.traced import FusedForward
@@ -36,6 +37,7 @@ def fuse(
     filter_fn: Filter | None = None,
     strict: bool = False,
     memory_format: torch.memory_format = torch.channels_last,
+    recompute: str | None = None,
     generic: bool = False,
     tune: Any = None,
 ) -> M:
@@ -57,6 +59,8 @@ def fuse(
         strict: raise when there is no residual block, or when one is left alone though ``filter_fn`` wanted it.
         memory_format: strides of the fused convolutions' weights: torch.channels_last, as kernels read them, or
             torch.preserve_format. Values and Parameter objects stay the same.
+        recompute: None, "activations" or "last_conv": what the blocks compute again in the backward pass instead of
+            keeping it, as in FusedBottleneck. A block with nn.SyncBatchNorm keeps all where processes are several.
         generic: also fuse convolution → batch norm (→ sum) (→ ReLU) and sum → ReLU in the forwards of all other
             modules, traced with torch.fx one by one: heads, necks, other networks than ResNets. No other thread may
             run a model meanwhile. ``filter_fn`` is then also called with each convolution, or the module of a sum, and
@@ -67,7 +71,7 @@ def fuse(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: there is no such backend or memory format; or nothing can be tuned, see ``tune``.
+        ValueError: there is no such backend, memory format or recompute; or nothing can be tuned, see ``tune``.
         FusionError: see ``strict``; ``model`` is then unchanged.
     """
     _check_model(model)
@@ -76,6 +80,7 @@ def fuse(
         raise ValueError(f"memory_format: got {memory_format}, need torch.channels_last or torch.preserve_format")
     if tune is not None and backend != backends.AUTO:
         raise ValueError(f"tune: got an input with backend={backend!r}, need backend='auto', which reads what is tuned")
+    parts.check_recompute(recompute)
     if strict:
         _check_strict(model, filter_fn)
     if not inplace:
@@ -84,9 +89,9 @@ def fuse(
         if found.spec is None or (filter_fn is not None and not filter_fn(name, module)):
             continue
         if isinstance(module, FusedModule):
-            module._fused = dataclasses.replace(module._fused, backend=backend)
+            module._fused = dataclasses.replace(module._fused, backend=backend, recompute=recompute)
         elif found.reason is None and found.fused is not None:
-            adopt(module, found.fused, FusedState(found.spec, backend))
+            adopt(module, found.fused, FusedState(found.spec, backend, recompute=recompute))
         if isinstance(module, FusedModule) and memory_format is torch.channels_last and found.reason is None:
             assert found.spec is not None
             relayout(module, [conv for conv, _ in pairs_of(module, found.spec)])
@@ -106,13 +111,14 @@ def fuse_(
     filter_fn: Filter | None = None,
     strict: bool = False,
     memory_format: torch.memory_format = torch.channels_last,
+    recompute: str | None = None,
     generic: bool = False,
     tune: Any = None,
 ) -> M:
     """``fuse(model, inplace=True, …)``."""
     return fuse(
         model, inplace=True, backend=backend, filter_fn=filter_fn, strict=strict, memory_format=memory_format,
-        generic=generic, tune=tune,
+        recompute=recompute, generic=generic, tune=tune,
     )  # fmt: skip
 
 

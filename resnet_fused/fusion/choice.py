@@ -6,16 +6,21 @@ from torch import nn
 
 from resnet_fused import backends
 from resnet_fused.modules import parts
+from resnet_fused.ops.block import BlockCall, one_kernel
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall
 
+_BLOCK_DEPTH = {"basic_block": 2, "bottleneck": 3}
 _SAMPLE = 16  # height and width, in filter extents, of the image that the choice is asked for
 
 
 def chosen_backend(kind: str, pairs: list[tuple[nn.Conv2d, nn.Module]], backend: str) -> str:
-    """The backend asked for, or what "auto" chooses: one name, or several, joined, where convolutions differ."""
+    """The backend asked for, or what "auto" chooses: one name, or several, joined, where convolutions differ.
+
+    "cuda (whole block)" where that backend computes the block in one kernel.
+    """
     if backend != backends.AUTO:
-        return backend
+        return f"{backend} (whole block)" if _whole_kernel(kind, pairs, backend) else backend
     names: list[str] = []
     for conv, norm in pairs:
         pair = parts.with_statistics(conv, norm)
@@ -23,6 +28,20 @@ def chosen_backend(kind: str, pairs: list[tuple[nn.Conv2d, nn.Module]], backend:
         if name not in names:
             names.append(name)
     return "+".join(names)
+
+
+def _whole_kernel(kind: str, pairs: list[tuple[nn.Conv2d, nn.Module]], backend: str) -> bool:
+    """Whether the block is one kernel of this GPU backend."""
+    if kind not in _BLOCK_DEPTH:
+        return False
+    depth = _BLOCK_DEPTH[kind]
+    found = [parts.with_statistics(conv, norm) for conv, norm in pairs]
+    convs = tuple(conv for conv in found if conv is not None)
+    if len(convs) != len(found) or len(convs) < depth:
+        return False
+    x = convs[0].weight.detach().new_zeros(1, convs[0].weight.shape[1] * convs[0].groups, _SAMPLE, _SAMPLE)
+    call = BlockCall(x, convs[:depth], convs[depth] if len(convs) > depth else None, None)
+    return one_kernel(kind, call, backend)
 
 
 def _choose(pair: ConvBN) -> str:

@@ -174,8 +174,8 @@ def norm_refusal(norm: nn.Module | None, name: str) -> str | None:
     """Why this norm cannot be part of a fused op, or None when it can."""
     if norm is not None and parametrize.is_parametrized(norm):
         return f"{name} is parametrized"
-    if norm is None or (type(norm) is not nn.BatchNorm2d and not parts.is_frozen_norm(type(norm))):
-        return f"{name} is {_class(norm)}, need nn.BatchNorm2d or FrozenBatchNorm2d"
+    if norm is None or (type(norm) not in parts.BATCH_NORMS and not parts.is_frozen_norm(type(norm))):
+        return f"{name} is {_class(norm)}, need nn.BatchNorm2d, nn.SyncBatchNorm or FrozenBatchNorm2d"
     if parts.touched(norm):
         return watched_reason(norm, name)
     if norm.running_mean is None or norm.running_var is None:

@@ -13,6 +13,8 @@ from resnet_fused import functional
 from resnet_fused.modules import live, parts
 from resnet_fused.modules.base import FusedModule, derived_class
 from resnet_fused.modules.spec import BlockSpec, FusedState, find
+from resnet_fused.ops import residual_block
+from resnet_fused.ops.residual_block import ResidualBlock
 
 B = TypeVar("B", bound="FusedBlock")
 Pair = live.Pair
@@ -24,7 +26,8 @@ class FusedBlock(FusedModule):
     - something in it is watched or was replaced (hooks on a submodule, another activation): the original forward;
     - all its norms use given statistics (eval mode, frozen): the whole block as one op;
     - some norm uses the batch's statistics, or other modules stand between the pairs: pair by pair, each fused where
-      its own norm allows it.
+      its own norm allows it; with ``recompute``, nothing between the pairs and a gradient to come, the whole block as
+      one op that keeps less for it.
     """
 
     _spec: BlockSpec
@@ -46,6 +49,10 @@ class FusedBlock(FusedModule):
             projection = parts.read(shortcut.conv, shortcut.norm)
             if projection is not None:
                 return self._op(x, *data, projection, backend=state.backend)
+        if state.recompute is not None and extras is None and torch.is_grad_enabled():
+            block = _as_recomputed(x, pairs, shortcut, state.backend)
+            if block is not None:
+                return residual_block.call_op(block, state.recompute, parts.training_backend(state.backend))
         return self._steps(x, pairs, shortcut, extras, state.backend)
 
     def uses_given_statistics(self) -> bool:
@@ -109,15 +116,17 @@ class FusedBlock(FusedModule):
         return act(hidden + (x if shortcut is None else shortcut(x)))  # type: ignore[no-any-return]
 
     @classmethod
-    def from_block(cls: type[B], block: nn.Module, *, backend: str = "auto") -> B:
+    def from_block(cls: type[B], block: nn.Module, *, backend: str = "auto", recompute: str | None = None) -> B:
         """A fused block that shares ``block``'s submodules, parameters, hooks and attributes; ``block`` is not changed.
 
         Args:
             block: a block with this class's attribute names, computing what this class computes. ``fuse`` makes sure
                 of the latter; here it is the caller's word.
             backend: as in ``resnet_fused.functional``.
+            recompute: as in the constructor.
 
         Raises:
+            ValueError: there is no such ``recompute``.
             TypeError: a convolution or norm of this class is missing in ``block``.
         """
         for pair in cls._spec.pairs:
@@ -127,8 +136,21 @@ class FusedBlock(FusedModule):
         derived = cls if isinstance(block, FusedBlock) else derived_class(cls, type(block))
         fused = derived.__new__(derived)
         fused.__dict__.update(block.__dict__)
-        fused._fused = FusedState(cls._spec, backend)
+        fused._fused = FusedState(cls._spec, backend, recompute=parts.check_recompute(recompute))
         return fused  # type: ignore[return-value]
+
+
+def _as_recomputed(
+    x: Tensor, pairs: list[Pair], shortcut: live.Projection | live.Step | None, backend: str
+) -> ResidualBlock | None:
+    """The block as data, or None where one of its norms asks other processes."""
+    convs = [parts.conv_norm(*pair) for pair in pairs]
+    projects = isinstance(shortcut, live.Projection) and not shortcut.before
+    projection = parts.conv_norm(shortcut.conv, shortcut.norm) if projects else None  # type: ignore[union-attr]
+    if None in convs or x.dim() != 4 or (projects and projection is None):
+        return None
+    identity = None if projects or shortcut is None else _residual(x, shortcut, backend)
+    return ResidualBlock(x, tuple(convs), projection, identity)  # type: ignore[arg-type]
 
 
 def _run(steps: Iterable[live.Step], x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from resnet_fused import functional
+from resnet_fused.modules import parts
 from resnet_fused.modules.block import FusedBlock
 from resnet_fused.modules.spec import BASIC_BLOCK, BOTTLENECK, FusedState
 
@@ -36,11 +37,15 @@ class FusedBasicBlock(FusedBlock):
         downsample: projection of x, usually Sequential(1×1 convolution, batch norm).
         groups, base_width, dilation: 1, 64 and 1; there for torchvision's signature.
         norm_layer: makes a norm from a number of channels; nn.BatchNorm2d when None. Others work but do not fuse.
+        recompute: what training computes again in the backward pass instead of keeping it for the gradient: None;
+            "activations", all that follows from the convolutions' outputs; "last_conv", the last convolution's output
+            too. The same numbers in less memory; no second derivative.
 
     Shapes: ``[N, inplanes, H, W]`` to ``[N, planes, H/stride, W/stride]``, any floating dtype.
 
     Raises:
         ValueError, NotImplementedError: groups, base_width or dilation other than the above, as in torchvision.
+        ValueError: there is no such recompute.
     """
 
     expansion: int = 1
@@ -57,6 +62,8 @@ class FusedBasicBlock(FusedBlock):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: Norm | None = None,
+        *,
+        recompute: str | None = None,
     ) -> None:
         super().__init__()
         if groups != 1 or base_width != 64:
@@ -71,7 +78,7 @@ class FusedBasicBlock(FusedBlock):
         self.bn2 = norm_layer(planes)
         self.downsample = downsample
         self.stride = stride
-        self._fused = FusedState(self._spec)
+        self._fused = FusedState(self._spec, recompute=parts.check_recompute(recompute))
 
 
 class ResidualBlock(FusedBasicBlock):
@@ -105,8 +112,14 @@ class FusedBottleneck(FusedBlock):
         groups, base_width: of conv2, which has ``int(planes · base_width / 64) · groups`` channels.
         dilation: of conv2.
         norm_layer: makes a norm from a number of channels; nn.BatchNorm2d when None. Others work but do not fuse.
+        recompute: what training computes again in the backward pass instead of keeping it for the gradient: None;
+            "activations", all that follows from the convolutions' outputs; "last_conv", the last convolution's output
+            too. The same numbers in less memory; no second derivative.
 
     Shapes: ``[N, inplanes, H, W]`` to ``[N, 4·planes, H/stride, W/stride]``, any floating dtype.
+
+    Raises:
+        ValueError: there is no such recompute.
     """
 
     expansion: int = 4
@@ -123,6 +136,8 @@ class FusedBottleneck(FusedBlock):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: Norm | None = None,
+        *,
+        recompute: str | None = None,
     ) -> None:
         super().__init__()
         norm_layer = norm_layer or nn.BatchNorm2d
@@ -136,4 +151,4 @@ class FusedBottleneck(FusedBlock):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.stride = stride
-        self._fused = FusedState(self._spec)
+        self._fused = FusedState(self._spec, recompute=parts.check_recompute(recompute))

@@ -12,9 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 
+from resnet_fused import backends
 from resnet_fused.modules.known import FROZEN_NORMS, NORMED_CONVS, name_of
+from resnet_fused.ops.batch_norm_act import api as batch_norm_act
+from resnet_fused.ops.batch_norm_act import sync
+from resnet_fused.ops.batch_norm_act.call import BatchNormCall
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.convbn import ConvBN
+from resnet_fused.ops.residual_block import RECOMPUTE, ConvNorm
+
+# With the batch's statistics in training mode; SyncBatchNorm's are those of all processes.
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def is_frozen_norm(cls: type) -> bool:
@@ -62,7 +70,7 @@ def bypassable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
         return False  # it calls a norm of its own before this one
     if conv.padding_mode != "zeros" or (conv.padding == "same" and _same(conv) is None):
         return False
-    if type(norm) is nn.BatchNorm2d:
+    if type(norm) in BATCH_NORMS:
         return True
     # Under autocast a FrozenBatchNorm2d widens to its own dtype, which the ops do not.
     return is_frozen_norm(type(norm)) and not torch.is_autocast_enabled(conv.weight.device.type)
@@ -75,7 +83,7 @@ def plain_relu(act: nn.Module) -> bool:
 
 def read(conv: nn.Conv2d, norm: nn.Module) -> ConvBN | None:
     """A bypassable pair as data, or None when its norm is to use the batch's statistics."""
-    if type(norm) is nn.BatchNorm2d and norm.training:
+    if type(norm) in BATCH_NORMS and norm.training:
         return None
     return with_statistics(conv, norm)
 
@@ -84,16 +92,12 @@ def with_statistics(conv: nn.Conv2d, norm: nn.Module) -> ConvBN | None:
     """A bypassable pair as data with the norm's running statistics, or None when it has none."""
     weights: dict[str, Any] = conv._parameters
     buffers: dict[str, Any] = norm._buffers
-    vectors: dict[str, Any] = norm._parameters if type(norm) is nn.BatchNorm2d else buffers
-    padding: Any = conv.padding
-    if isinstance(padding, str):
-        padding = (_same(conv) or (0, 0)) if padding == "same" else (0, 0)
+    vectors: dict[str, Any] = norm._parameters if type(norm) in BATCH_NORMS else buffers
+    padding = _padding(conv)
     mean, var = buffers["running_mean"], buffers["running_var"]
     if mean is None or var is None:
         return None
-    fixed = FROZEN_NORMS.get(name_of(type(norm)))
-    eps: Any = norm.eps if fixed is None else fixed
-    geometry: Any = (eps, conv.stride, padding, conv.dilation, conv.groups)
+    geometry: Any = (_eps(norm), conv.stride, padding, conv.dilation, conv.groups)
     if "weight" in weights and "weight" in vectors:
         return ConvBN(weights["weight"], weights["bias"], vectors["weight"], vectors["bias"], mean, var, *geometry)
     replica: Any = norm  # DataParallel's replicas hold plain attributes
@@ -104,21 +108,98 @@ def step(x: Tensor, conv: nn.Conv2d, norm: nn.Module, act: str, residual: Tensor
     """A bypassable pair with its residual and ReLU: one op if it may, else a :func:`batch_statistics_step`."""
     pair = read(conv, norm)
     if pair is None:
-        return batch_statistics_step(x, conv, norm, act, residual)
+        return batch_statistics_step(x, conv, norm, act, residual, backend)
     return conv_bn_act.call_op(x, pair, residual, act, backend)
 
 
-def batch_statistics_step(x: Tensor, conv: nn.Module, norm: nn.Module, act: str, residual: Tensor | None) -> Tensor:
-    """A bypassable pair in training mode: convolution, batch norm with the batch's statistics, residual, ReLU."""
-    y: Tensor = norm(nn.Conv2d.forward(conv, x))  # type: ignore[arg-type]
+def batch_statistics_step(
+    x: Tensor, conv: nn.Module, norm: nn.Module, act: str, residual: Tensor | None, backend: str
+) -> Tensor:
+    """A bypassable pair with the batch's statistics: the convolution, then batch norm, residual and ReLU as one op."""
+    y: Tensor = nn.Conv2d.forward(conv, x)  # type: ignore[arg-type]
+    same = residual is None or residual.shape == y.shape
+    backend = training_backend(backend)
+    eager = backend == backends.AUTO and y.device.type == "cpu"  # nothing is quicker there
+    if eager or asks_others(norm) or y.dim() != 4 or not same:  # unbatched: nn.BatchNorm2d says it
+        y = _synchronised(y, norm) if asks_others(norm) else norm(y)
+        if residual is not None:
+            y = y.add_(residual) if same else y + residual
+        return torch.relu_(y) if act == "relu" else y
     if residual is not None:
-        y += residual
-    return torch.relu_(y) if act == "relu" else y
+        residual = residual.to(y.dtype)  # as eager's sum in place
+    return batch_norm_act.call_op(norm_call(y, norm, act, residual), backend)
+
+
+def _eps(norm: Any) -> float:
+    fixed = FROZEN_NORMS.get(name_of(type(norm)))
+    return norm.eps if fixed is None else fixed
+
+
+def asks_others(norm: nn.Module) -> bool:
+    """Whether ``norm`` takes the statistics of several processes."""
+    return type(norm) is nn.SyncBatchNorm and norm.training and sync.processes(norm.process_group) > 1
+
+
+def _synchronised(x: Tensor, norm: Any) -> Tensor:
+    """nn.SyncBatchNorm itself, or what it would do on a CPU, which it refuses."""
+    if x.device.type != "cpu" or x.dim() != 4:
+        return norm(x)  # type: ignore[no-any-return]
+    call = norm_call(x, norm, "none", None)
+    if call.num_batches_tracked is not None:
+        call.num_batches_tracked.add_(1)
+    factor = 1.0 / float(call.num_batches_tracked) if call.momentum is None else call.momentum  # type: ignore[arg-type]
+    return sync.sync_batch_norm(
+        x, call.weight, call.bias, call.running_mean, call.running_var, call.eps, factor, norm.process_group
+    )  # fmt: skip
+
+
+def norm_call(x: Tensor, norm: Any, act: str, residual: Tensor | None) -> BatchNormCall:
+    """What a batch norm would do to x at this moment, by nn.BatchNorm2d's own rules."""
+    mean, var = norm.running_mean, norm.running_var
+    training: bool = (norm.training and type(norm) in BATCH_NORMS) or mean is None
+    momentum, count = (norm.momentum, norm.num_batches_tracked) if training else (0.0, None)
+    if training and not (norm.training and norm.track_running_stats):
+        mean = var = count = None
+    if momentum is None and count is None:
+        momentum = 0.0
+    return BatchNormCall(x, norm.weight, norm.bias, mean, var, count, residual, training, momentum, _eps(norm), act)
+
+
+def conv_norm(conv: nn.Conv2d, norm: nn.Module) -> ConvNorm | None:
+    """A bypassable pair as data, in whichever mode its norm is; None where the norm asks other processes."""
+    if asks_others(norm):
+        return None
+    call = norm_call(conv.weight, norm, "none", None)
+    stride: Any = conv.stride
+    dilation: Any = conv.dilation
+    return ConvNorm(
+        conv.weight, conv.bias, call.weight, call.bias, call.running_mean, call.running_var, call.num_batches_tracked,
+        call.training, call.momentum, call.eps, stride, _padding(conv), dilation, conv.groups,
+    )  # fmt: skip
+
+
+def check_recompute(recompute: str | None) -> str | None:
+    """Return ``recompute``; ValueError when it is not a choice."""
+    if recompute is not None and recompute not in RECOMPUTE:
+        raise ValueError(f"recompute: got {recompute!r}, need None, {' or '.join(map(repr, RECOMPUTE))}")
+    return recompute
+
+
+def training_backend(backend: str) -> str:
+    """``backend`` where it has a batch_norm_act, else "auto": some compute inference alone."""
+    return backend if backend in batch_norm_act.BACKENDS else "auto"
 
 
 def symmetric(conv: nn.Conv2d) -> bool:
     """Whether padding="same" is as much on each side."""
     return _same(conv) is not None
+
+
+def _padding(conv: nn.Conv2d) -> Any:
+    """The padding as a pair."""
+    if isinstance(conv.padding, str):
+        return (_same(conv) or (0, 0)) if conv.padding == "same" else (0, 0)
+    return conv.padding
 
 
 def _same(conv: nn.Conv2d) -> tuple[int, int] | None:

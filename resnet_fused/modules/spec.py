@@ -85,9 +85,12 @@ BOTTLENECK = BlockSpec.of("conv1 conv2 conv3", "bn1 bn2 bn3", "relu", "downsampl
 class FusedState:
     """What a fused module knows beside its parameters: no tensor, nothing derived from one.
 
-    layouts are the (shape, strides) that convolution weights had before ``fuse`` gave them others, by parameter name.
+    recompute is what training computes again in the backward pass instead of keeping it: None, "activations" or
+    "last_conv". layouts are the (shape, strides) that convolution weights had before ``fuse`` gave them others, by
+    parameter name.
     """
 
     spec: BlockSpec
     backend: str = "auto"
     layouts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    recompute: str | None = None

@@ -147,6 +147,10 @@ def conv_norm_act(
             shape = (x.shape[0], pair.weight.shape[0], *pair.output_size(*x.shape[2:]))
             if residual is None or (residual.shape == shape and _one_dtype(residual, x)):
                 return conv_bn_act.call_op(x, pair, residual, name, backend)
+        # A sum that is not in place promotes, so dtypes must be one from the start.
+        alike = residual is None or (residual.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type))
+        if pair is None and alike:
+            return parts.batch_statistics_step(x, conv, norm, name, residual, backend)
     y: Tensor = norm(conv(x))
     if residual is not None:
         y = y + residual

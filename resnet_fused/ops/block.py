@@ -152,6 +152,7 @@ class _Plan(NamedTuple):
 
 _PLANS: TensorCache[dict[Any, _Plan]] = packed.new_cache()
 _PLANS_PER_BLOCK = 8
+_NOTHING = torch.empty(0)
 
 
 def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
@@ -209,7 +210,7 @@ def _whole(name: str, call: BlockCall, backend: str) -> Callable[[Tensor, Tensor
             return _bind(server, call)
         candidates = ("cpu", "onednn") if call.x.device.type == "cpu" else ()
     for candidate in candidates:
-        if candidate in backends.NAMES and not packed.lasting(call.convs[0]):
+        if candidate in ("cpu", "onednn") and not packed.lasting(call.convs[0]):
             continue
         if backends.refusal(name, candidate, call) is None:
             return _bind(backends.choose(name, call, candidate, ()), call)
@@ -221,14 +222,16 @@ def _whole(name: str, call: BlockCall, backend: str) -> Callable[[Tensor, Tensor
 def _bind(server: Any, call: BlockCall) -> Callable[[Tensor, Tensor | None], Tensor]:
     if hasattr(server, "bind"):
         return server.bind(call)  # type: ignore[no-any-return]
-    return lambda x, identity: server.run(call._replace(x=x, identity=identity))
+    bare = call._replace(x=_NOTHING, identity=None)  # what is kept of a plan holds no activations
+    return lambda x, identity: server.run(bare._replace(x=x, identity=identity))
 
 
 def _eager_whole(call: BlockCall, layout: str | None) -> Callable[[Tensor, Tensor | None], Tensor]:
     """The block by eager PyTorch, in the call's memory format or another."""
+    bare = call._replace(x=_NOTHING, identity=None)
 
     def run(x: Tensor, identity: Tensor | None) -> Tensor:
-        now = call._replace(x=x, identity=identity)
+        now = bare._replace(x=x, identity=identity)
         if layout is not None:
             from resnet_fused.tuning.layouts import turned
 
@@ -236,6 +239,14 @@ def _eager_whole(call: BlockCall, layout: str | None) -> Callable[[Tensor, Tenso
         return run_chain(now, reference.run)
 
     return run
+
+
+def one_kernel(name: str, call: BlockCall, backend: str) -> bool:
+    """Whether the block is one kernel of the backend asked for; otherwise it is a chain of conv_bn_act.
+
+    "cuda" alone has such a choice; "auto" stays with the chain, since no GPU has timed the whole-block kernels yet.
+    """
+    return backends.check_name(backend) == "cuda" and backends.refusal(name, backend, call) is None
 
 
 def _eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:

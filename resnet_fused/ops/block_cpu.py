@@ -20,7 +20,7 @@ _Make = Callable[[ConvBN, Tensor, tuple[int, ...]], "onednn.Convolution | winogr
 
 
 def supports_onednn(call: BlockCall) -> str | None:
-    return onednn.refused(call.x)
+    return onednn.refused(call.x, *call.convs, call.shortcut)
 
 
 def bind_onednn(call: BlockCall) -> _Bound:
@@ -33,7 +33,7 @@ def supports_cpu(call: BlockCall) -> str | None:
     for conv, shape in zip(call.convs, _shapes(call), strict=True):
         reason = winograd.refused(call.x, conv, shape)
         if reason is None:
-            return onednn.refused(call.x)
+            return onednn.refused(call.x, *call.convs, call.shortcut)
     return reason
 
 

@@ -17,11 +17,20 @@ _CACHE = packed.new_cache()
 SUB_BATCH_BYTES = 16 << 20
 
 
-def refused(x: Tensor) -> str | None:
-    """Why oneDNN cannot take an input like x, or None."""
+def refused(x: Tensor, *convs: ConvBN | None) -> str | None:
+    """Why oneDNN cannot take an input like x and these convolutions, or None."""
     if x.device.type != "cpu":
         return f"oneDNN runs on the CPU, x is on {x.device}"
+    for conv in convs:
+        if conv is not None and _window_in_padding(conv):
+            return f"padding {conv.padding} is as wide as the filter, where oneDNN writes beyond its memory"
     return _refused_dtype(x.dtype) or (None if torch._C._get_mkldnn_enabled() else "oneDNN is switched off")
+
+
+def _window_in_padding(conv: ConvBN) -> bool:
+    """Whether some output sees nothing but padding."""
+    size = conv.weight.shape
+    return conv.padding[0] > conv.dilation[0] * (size[2] - 1) or conv.padding[1] > conv.dilation[1] * (size[3] - 1)
 
 
 @functools.cache

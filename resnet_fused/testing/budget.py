@@ -24,15 +24,16 @@ class Error:
         return self.ratio <= 1.0
 
 
-def measure(out: Tensor, eager: Tensor, reference: Tensor, other_eager: Tensor | None = None) -> Error:
+def measure(out: Tensor, eager: Tensor, reference: Tensor, *others: Tensor) -> Error:
     """Compare ``out`` with a float64 ``reference``, allowing twice eager's own error plus one rounding step.
 
     The budget of an element is ``2 · max|eager − reference| + ε·|reference|`` with ε the machine epsilon of ``out``'s
     dtype. NaN and infinities must stand where eager has them: elsewhere the ratio is infinite.
 
-    ``other_eager`` is eager's result in the other memory format (channels_last or contiguous), when at hand; its error
-    counts as eager's too. On a CPU the two differ in float32 by up to ten times, as oneDNN sums long products in
-    another order, and kernels of ours compute in channels_last whichever the input has.
+    ``others`` are what eager gives for the same values in the other memory format (channels_last or contiguous), or in
+    a larger batch, when at hand; their error counts as eager's too. On a CPU they differ in float32 by up to ten times:
+    eager sums long products in another order by oneDNN than by the plain matrix product that it takes for one small
+    image, and kernels of ours compute in channels_last whichever the input has.
 
     Raises:
         ValueError: shape, dtype or device of ``out`` differ from ``eager``'s.
@@ -55,16 +56,16 @@ def measure(out: Tensor, eager: Tensor, reference: Tensor, other_eager: Tensor |
     reference = reference.to(out.device)[finite]
     error = (out[finite].double() - reference).abs()
     eager_error = (eager[finite].double() - reference).abs().max()
-    if other_eager is not None:
-        eager_error = torch.maximum(eager_error, (other_eager[finite].double() - reference).abs().max())
+    for other in others:
+        eager_error = torch.maximum(eager_error, (other[finite].double() - reference).abs().max())
     budget = 2 * eager_error + torch.finfo(out.dtype).eps * reference.abs()
     ratio = torch.where(error == 0, 0.0, error / budget)
     return Error(float(ratio.max()), float(error.max()), float(eager_error))
 
 
-def assert_within_budget(out: Tensor, eager: Tensor, reference: Tensor, other_eager: Tensor | None = None) -> None:
+def assert_within_budget(out: Tensor, eager: Tensor, reference: Tensor, *others: Tensor) -> None:
     """Raise AssertionError, with the figures, unless ``out`` is within the budget of :func:`measure`."""
-    result = measure(out, eager, reference, other_eager)
+    result = measure(out, eager, reference, *others)
     assert result.ok, (
         f"error is {result.ratio:.3g} of the budget: {result.error:.3g} against float64, "
         f"eager's {result.eager_error:.3g}"

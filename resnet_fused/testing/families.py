@@ -108,7 +108,7 @@ def add(row: Row, candidate: Candidate) -> None:
     for key, expected in eager.items():
         if not torch.equal(torch.nan_to_num(undone[key]), torch.nan_to_num(expected)):
             row.problems.append(f"{candidate.name}: {key or 'its output'} differs after unfuse")
-        error = measure(after[key], expected, reference[key].double(), None if other is None else other[key])
+        error = measure(after[key], expected, reference[key].double(), *([] if other is None else [other[key]]))
         if not error.ok:
             row.problems.append(f"{candidate.name}: {key or 'its output'} has {error.ratio:.2f} times the budget")
         if error.ratio > row.worst:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class Family:
     models: Callable[[], list[Candidate]]
 
 
-def _named(source: str, *names: str, run: Run = _call, size: int = 64, batch: int = 1) -> list[Candidate]:
+def _named(source: str, *names: str, run: Run = _call, size: int = 64, batch: int = 2) -> list[Candidate]:
     shape = (batch, 3, size, size)
     return [Candidate(f"{source}:{name}", functools.partial(load, f"{source}:{name}"), shape, run) for name in names]
 
@@ -74,11 +75,17 @@ def _torchvision_detection() -> list[Candidate]:
     return _named("torchvision", *names, run=lambda model, x: model.backbone(x), size=128, batch=2)  # type: ignore[operator]
 
 
-def _timm(*modules: str) -> list[Candidate]:
+def _package(name: str) -> Any:
+    """A package that may import torchvision, which needs help beside a CPU-only torch."""
     from resnet_fused.testing.torchvision_compat import import_torchvision
 
-    import_torchvision()
-    timm = importlib.import_module("timm")
+    if importlib.util.find_spec("torchvision") is not None:
+        import_torchvision()
+    return importlib.import_module(name)
+
+
+def _timm(*modules: str) -> list[Candidate]:
+    timm = _package("timm")
     names = [name for module in modules for name in timm.list_models(module=module) if _is_small(timm, name)]
     return _named("timm", *names, size=96)
 
@@ -90,7 +97,7 @@ def _is_small(timm: Any, name: str) -> bool:
 
 
 def _huggingface() -> list[Candidate]:
-    transformers = importlib.import_module("transformers")
+    transformers = _package("transformers")
 
     def make(depths: list[int], kind: str, **options: Any) -> nn.Module:
         config = transformers.ResNetConfig(depths=depths, layer_type=kind, **options)
@@ -108,9 +115,9 @@ def _huggingface() -> list[Candidate]:
 
 
 def _detr() -> list[Candidate]:
-    transformers = importlib.import_module("transformers")
-    rt_detr = importlib.import_module("transformers.models.rt_detr.modeling_rt_detr")
-    backbones = importlib.import_module("transformers.models.rt_detr.modeling_rt_detr_resnet")
+    transformers = _package("transformers")
+    rt_detr = _package("transformers.models.rt_detr.modeling_rt_detr")
+    backbones = _package("transformers.models.rt_detr.modeling_rt_detr_resnet")
     small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 5}
 
@@ -140,7 +147,7 @@ def _detr() -> list[Candidate]:
 
 
 def _smp() -> list[Candidate]:
-    smp = importlib.import_module("segmentation_models_pytorch")
+    smp = _package("segmentation_models_pytorch")
     kinds = ("Unet", "FPN", "Linknet", "PSPNet", "UnetPlusPlus")
     models: list[tuple[str, str, dict[str, Any]]] = [(name, "resnet18", {}) for name in kinds]
     models += [("Unet", name, {}) for name in ("resnet34", "resnet50", "resnext50_32x4d", "se_resnet50")]
@@ -153,7 +160,7 @@ def _smp() -> list[Candidate]:
 
 
 def _open_clip() -> list[Candidate]:
-    cls = importlib.import_module("open_clip.modified_resnet").ModifiedResNet
+    cls = _package("open_clip.modified_resnet").ModifiedResNet
     models = [("RN50", [3, 4, 6, 3], 1024, 64), ("RN101", [3, 4, 23, 3], 512, 64), ("RN50x4", [4, 6, 10, 6], 640, 80)]
     return [
         Candidate(name, functools.partial(cls, layers, dim, 32, image_size=64, width=width))
@@ -162,7 +169,7 @@ def _open_clip() -> list[Candidate]:
 
 
 def _monai() -> list[Candidate]:
-    module = importlib.import_module("monai.networks.nets.resnet")
+    module = _package("monai.networks.nets.resnet")
     names = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101")
 
     def make(name: str, **options: Any) -> nn.Module:

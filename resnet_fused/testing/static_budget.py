@@ -96,6 +96,14 @@ def measure(architectures: tuple[Architecture, ...] = ARCHITECTURES) -> list[Res
         )
         for row in module.conv_bn_act_kernels()
     }
+    launches |= {
+        ":".join((row["element"], "bottleneck", *map(str, row["template"]))): (
+            row["name"],
+            row["threads"],
+            row["shared"],
+        )
+        for row in module.bottleneck_kernels()
+    }
     by_name = {target.name: target for target in architectures}
     found = {}
     for row in module.kernel_resources():
@@ -116,6 +124,8 @@ def _launch(mangled: str, launches: dict[str, tuple[str, int, int]]) -> tuple[st
     if "conv_kernel" in mangled:
         math = "TensorCore" if "TensorCore" in mangled else "Ieee"
         return launches[":".join((element, math, *numbers))]
+    if "bottleneck_kernel" in mangled:
+        return launches[":".join((element, "bottleneck", *re.findall(r"L[ib](\d+)E", mangled)))]
     short = "fp32" if element == "float" else element
     if "reduce_kernel" in mangled:
         return f"{short}_reduce", _DEFAULT_THREADS, 0
@@ -127,11 +137,11 @@ def _launch(mangled: str, launches: dict[str, tuple[str, int, int]]) -> tuple[st
 def table(rows: list[Resources]) -> str:
     """The rows as text, a kernel's architectures together."""
     lines = [
-        f"{'kernel':<28}{'arch':<8}{'threads':>8}{'regs':>6}{'spill':>7}{'shared':>9}{'blocks':>8}{'occupancy':>11}"
+        f"{'kernel':<36}{'arch':<8}{'threads':>8}{'regs':>6}{'spill':>7}{'shared':>9}{'blocks':>8}{'occupancy':>11}"
     ]
     for row in sorted(rows, key=lambda r: (r.kernel, r.architecture.number)):
         lines.append(
-            f"{row.kernel:<28}{row.architecture.name:<8}{row.threads:>8}{row.registers:>6}{row.spill:>7}"
+            f"{row.kernel:<36}{row.architecture.name:<8}{row.threads:>8}{row.registers:>6}{row.spill:>7}"
             f"{row.shared:>9}{row.blocks:>8}{row.occupancy:>11.0%}"
         )
     return "\n".join(lines)

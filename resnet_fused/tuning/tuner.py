@@ -222,13 +222,14 @@ def runner(op: str, call: Any, entry: Entry) -> Call:
     Raises:
         BackendError: it would not be ``entry`` that runs.
     """
+    of_block = isinstance(call, BlockCall) and entry.backend in (EAGER, lookup.CHAIN)
+    found = lookup.Found(entry)
+    if not of_block and backends.tuned(op, call, found) is None:
+        raise backends.BackendError(f"{label(entry)} does not serve this call")
     if isinstance(call, BlockCall):
-        with lookup.trial(op, lookup.Found(entry)):
+        with lookup.trial(op, found):
             plan = block._plan(op, call, backends.AUTO)
         return lambda: with_strides(plan.run(call.x, call.identity), plan.strides)
-    found = lookup.Found(entry)
-    if backends.tuned(op, call, found) is None:
-        raise backends.BackendError(f"{label(entry)} does not serve this call")
     compute = importlib.import_module(f"resnet_fused.ops.{op}.api").compute
 
     def run() -> Tensor:

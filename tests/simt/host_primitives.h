@@ -9,6 +9,8 @@
 #define RF_KERNEL(threads, min_blocks) void
 #define RF_CONSTANT const
 #define RF_UNROLL
+#define RF_UNROLL_TWICE
+#define RF_ROLLED
 #define RF_SHARED_ARRAY(T, name, count)   \
   static const char name##_array_key = 0; \
   const ::rf::SharedAddress name = ::simt::static_shared(&name##_array_key, sizeof(T) * (count))

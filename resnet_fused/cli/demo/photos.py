@@ -16,10 +16,7 @@ from resnet_fused.cli.common import DTYPES, steps
 from resnet_fused.testing.compare import check, fused_parts
 from resnet_fused.testing.statistics import calibrate
 from resnet_fused.testing.timing import interleaved
-
-# What ImageNet models are fed: means and deviations of red, green and blue.
-MEAN = (0.485, 0.456, 0.406)
-DEVIATION = (0.229, 0.224, 0.225)
+from resnet_fused.training.data import DEVIATION, MEAN
 
 
 @dataclass(frozen=True)

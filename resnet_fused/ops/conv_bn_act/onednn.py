@@ -10,7 +10,7 @@ from resnet_fused.ops.convbn import ConvBNActCall
 
 
 def supports(call: ConvBNActCall) -> str | None:
-    return onednn.refused(call.x)
+    return onednn.refused(call.x, call.conv)
 
 
 def run(call: ConvBNActCall) -> Tensor:

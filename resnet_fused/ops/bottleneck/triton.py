@@ -1,0 +1,88 @@
+"""Whole bottlenecks by Triton in one launch: a contender, for a tuner to measure against the chain and against cuda.
+
+It reads what :mod:`.cuda` reads and rounds where that rounds; the dispatch does not choose it, since no GPU has timed
+it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor
+
+from resnet_fused import backends
+from resnet_fused.ops.block import BlockCall
+from resnet_fused.ops.bottleneck import triton_kernel
+from resnet_fused.ops.convbn import ConvBN, short_dtype
+
+_MIDS = (64, 128)
+_BK = 64
+_INTERPRETED_PROGRAMS = 2
+
+
+def supports(call: BlockCall) -> str | None:
+    """Why the kernel cannot compute this block, or None when it can."""
+    x, (conv1, conv2, conv3), shortcut = call.x, call.convs, call.shortcut
+    if x.device.type == "cuda":
+        if torch.version.hip is not None:
+            return "its kernels are written for NVIDIA devices"
+        if torch.cuda.get_device_capability(x.device) < (8, 0):
+            return "it needs compute capability 8.0"
+    elif x.device.type != "cpu" or not backends.interpreting():
+        return f"x is on {x.device}, Triton needs a CUDA device"
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"its whole-block kernel computes bfloat16 and float16, not {short_dtype(x.dtype)}"
+    if call.identity is not None:
+        return "its whole-block kernel adds x or a projection of x, no other tensor"
+    mid, stride = conv2.weight.shape[0], conv2.stride
+    plain = _is(conv1, 1, (1, 1)) and _is(conv2, 3, stride) and _is(conv3, 1, (1, 1)) and stride in ((1, 1), (2, 2))
+    if not plain or (shortcut is not None and not _is(shortcut, 1, stride)):
+        return "its whole-block kernel is for 1x1, 3x3 and 1x1 convolutions without groups or dilation"
+    channels = (conv1.weight.shape[0], conv3.weight.shape[0]) == (mid, 4 * mid)
+    if mid not in _MIDS or not channels or x.shape[1] % _BK or (shortcut is None and stride != (1, 1)):
+        return "its whole-block kernel has not these channels, stride and shortcut"
+    return None
+
+
+def run(call: BlockCall) -> Tensor:
+    """Compute the block; the result ``[N, 4·mid, P, Q]`` is channels_last."""
+    x = call.x.permute(0, 2, 3, 1)
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    n, h, w, cin = x.shape
+    mid, stride = call.convs[1].weight.shape[0], call.convs[1].stride[0]
+    p, q = call.convs[1].output_size(h, w)
+    tile = (8, 16) if stride == 1 else (8, 8)
+    halo = ((tile[0] - 1) * stride + 3, (tile[1] - 1) * stride + 3)
+    tiles_h, tiles_w = math.ceil(p / tile[0]), math.ceil(q / tile[1])
+    tiles = n * tiles_h * tiles_w
+    out = x.new_empty((n, p, q, 4 * mid))
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        programs = _INTERPRETED_PROGRAMS
+        if x.is_cuda:
+            programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+        programs = min(programs, tiles)
+        scratch = x.new_empty((programs, halo[0] * halo[1], mid))
+        convs = (*call.convs, call.shortcut)
+        weights = [None if c is None else c.weight.permute(0, 2, 3, 1).contiguous() for c in convs]
+        triton_kernel.bottleneck[programs,](
+            x, *weights, out, scratch, *[value for conv in convs for value in _vectors(conv)],
+            tiles, tiles_h, tiles_w, h, w, p, q, *x.stride()[:3],
+            CIN=cin, MID=mid, STRIDE=stride, PROJECT=call.shortcut is not None, TILE_H=tile[0], TILE_W=tile[1],
+            HALO_H=halo[0], HALO_W=halo[1], BK=_BK, BN=64, num_warps=8, num_stages=3,
+        )  # fmt: skip
+    return out.permute(0, 3, 1, 2)
+
+
+def _is(conv: ConvBN, size: int, stride: tuple[int, int]) -> bool:
+    rest = (tuple(conv.weight.shape[2:]), conv.stride, conv.padding, conv.dilation, conv.groups)
+    return rest == ((size, size), stride, (size // 2, size // 2), (1, 1), 1)
+
+
+def _vectors(conv: ConvBN | None) -> tuple[Tensor | float | None, ...]:
+    if conv is None:
+        return (None, None, None, None, None, 0.0)
+    vectors = (conv.bias, conv.running_mean, conv.running_var, conv.bn_weight, conv.bn_bias)
+    return (*[None if v is None else v.contiguous() for v in vectors], conv.eps)

@@ -1,0 +1,171 @@
+"""What the whole-block CUDA kernels move and compute, counted from their own tile parameters (csrc/bottleneck/tile.h).
+
+``python -m resnet_fused.roofline.whole_block`` prints the account of ResNet-50's blocks on an H200.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_fused import extension
+from resnet_fused.modules.blocks import FusedBottleneck
+from resnet_fused.roofline.bound import H200, Device
+from resnet_fused.roofline.levels import count
+
+_SIZE = 2  # bytes of an element: the kernels compute bfloat16 and float16
+_WARPS_M, _WARPS_N = 4, 2
+_DEPTH = 64  # channels of a step
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the account takes for granted of a device and nobody here has measured.
+
+    mma: the part of the device's matrix rate that mma.sync reaches. The rest are an H200's figures: multiprocessors,
+    clock, bytes of shared memory that one of them reads in a clock, bytes that L2 gives in a second.
+    """
+
+    mma: float = 0.62
+    multiprocessors: int = 132
+    clock_hz: float = 1.7e9
+    shared_bytes_per_clock: int = 128
+    l2_bytes_per_s: float = 5.5e12
+
+
+@dataclass(frozen=True)
+class Account:
+    """One launch: bytes and FLOPs, and from them the least time of each unit that could hold it up.
+
+    x_bytes and out_bytes are what has to cross main memory once; the weights besides. halo_bytes, again_bytes (the
+    residual, or x under the output pixels for the projection) and weight_bytes are what the blocks read through L2.
+    useful_flops are the block's own, flops what the tensor cores do: the halo's recomputed border and the rows that pad
+    a tile are in. shared_bytes go in and out of shared memory.
+    """
+
+    tiles: int
+    blocks: int
+    x_bytes: int
+    out_bytes: int
+    parameter_bytes: int
+    halo_bytes: int
+    again_bytes: int
+    weight_bytes: int
+    useful_flops: int
+    flops: int
+    shared_bytes: int
+
+    @property
+    def l2_bytes(self) -> int:
+        return self.halo_bytes + self.again_bytes + self.weight_bytes + self.out_bytes
+
+    def times(
+        self, device: Device = H200, dtype: torch.dtype = torch.bfloat16, given: Assumptions | None = None
+    ) -> dict[str, float]:
+        """Seconds that each unit needs: "memory", "l2", "mma", "shared". Overlapped without loss, the greatest is the
+        launch's time. The last two are those of the multiprocessor with the most tiles."""
+        given = given or Assumptions()
+        waves = -(-self.tiles // given.multiprocessors) * given.multiprocessors / self.tiles
+        shared_rate = given.multiprocessors * given.clock_hz * given.shared_bytes_per_clock
+        return {
+            "memory": (self.x_bytes + self.out_bytes + self.parameter_bytes) / device.bytes_per_s,
+            "l2": self.l2_bytes / given.l2_bytes_per_s,
+            "mma": self.flops / (device.rate(dtype) * given.mma) * waves,
+            "shared": self.shared_bytes / shared_rate * waves,
+        }
+
+
+def account(kernel: Mapping[str, Any], n: int, h: int, w: int, given: Assumptions | None = None) -> Account:
+    """The account of ``kernel``, a row of ``_C.bottleneck_kernels()``, on ``[n, cin, h, w]``."""
+    given = given or Assumptions()
+    mid, cin, stride, project = kernel["mid"], kernel["cin"], kernel["stride"], kernel["project"]
+    out = 4 * mid
+    sides = ((h - 1) // stride + 1, (w - 1) // stride + 1)
+    counts = [-(-side // tile) for side, tile in zip(sides, kernel["tile"], strict=True)]
+    tiles = n * counts[0] * counts[1]
+    blocks = min(tiles, kernel["blocks"] * given.multiprocessors)
+    halo = [
+        _covered(*arguments, stride) for arguments in zip((h, w), counts, kernel["tile"], kernel["halo"], strict=True)
+    ]
+    pixels = n * sides[0] * sides[1]
+    weights = cin * mid + 9 * mid * mid + mid * out + (cin * out if project else 0)
+    useful = 2 * (n * h * w * cin * mid + pixels * (weights - cin * mid))
+    reduce_rows = kernel["passes"] * kernel["pass_rows"]
+    flops = 2 * tiles * (reduce_rows * cin * mid + kernel["rows"] * (weights - cin * mid))
+    streamed = kernel["steps"] * kernel["chunk_bytes"]
+    read = n * halo[0] * halo[1] * cin * _SIZE
+    weight_bytes = (blocks if kernel["resident"] else tiles) * streamed
+    centre = pixels * cin * _SIZE
+    hidden = tiles * (kernel["halo"][0] * kernel["halo"][1] + kernel["rows"]) * mid * _SIZE
+    landed = read + weight_bytes + (centre if project else 0) + hidden
+    return Account(
+        tiles, blocks, n * h * w * cin * _SIZE, pixels * out * _SIZE, (weights + 2 * (2 * mid + out * (1 + project))
+        + 2 * (2 * mid + out * (1 + project))) * _SIZE, read, centre, weight_bytes, useful, flops,
+        landed + tiles * _fragment_bytes(kernel, mid, cin, project),
+    )  # fmt: skip
+
+
+def _covered(side: int, tiles: int, tile: int, halo: int, stride: int) -> int:
+    """Pixels along one side of the image that the tiles' halos read, those under two tiles twice."""
+    starts = [i * tile * stride - 1 for i in range(tiles)]
+    return sum(min(start + halo, side) - max(start, 0) for start in starts)
+
+
+def _fragment_bytes(kernel: Mapping[str, Any], mid: int, cin: int, project: bool) -> int:
+    """What the warps of a block read of shared memory for the products of one tile."""
+
+    def step(rows: int) -> int:  # every warp its share of the rows and of the chunk of weights
+        return _WARPS_M * _WARPS_N * (rows // _WARPS_M + mid // _WARPS_N) * _DEPTH * _SIZE
+
+    first: int = kernel["passes"] * cin // _DEPTH
+    rest: int = kernel["steps"] - first
+    return first * step(kernel["pass_rows"]) + rest * step(kernel["rows"])
+
+
+# ResNet-50's blocks in stages 2 and 3: name, kernel on an sm_90, input side.
+BLOCKS = (
+    ("layer1.0", "bf16_mid64_c64_project_resident", 56),
+    ("layer1.1", "bf16_mid64_c256_resident", 56),
+    ("layer1.1, streamed", "bf16_mid64_c256", 56),
+    ("layer2.0", "bf16_mid128_c256_stride2", 56),
+    ("layer2.1", "bf16_mid128_c512", 28),
+)
+
+
+def main() -> int:
+    reason = extension.missing()
+    if reason:
+        print(reason, file=sys.stderr)
+        return 1
+    rows = {row["name"]: row for row in extension.module().bottleneck_kernels()}
+    print("| block | batch | tiles | FLOPs done / useful | L2 / memory bytes | memory us | L2 us | mma us | shared us "
+          "| **predicted us** | whole-block bound us | per-conv bound us |")  # fmt: skip
+    print("|---|" + "---:|" * 11)
+    for name, kernel, side in BLOCKS:
+        for n in (1, 32, 256):
+            a = account(rows[kernel], n, side, side)
+            times = list(a.times().values())
+            memory = a.x_bytes + a.out_bytes + a.parameter_bytes
+            counts = count(_module(rows[kernel]), (n, rows[kernel]["cin"], side, side))
+            bounds = [counts[level].bound(H200, torch.bfloat16).seconds for level in ("block", "conv")]
+            cells = [f"{1e6 * seconds:.1f}" for seconds in (*times, max(times), *bounds)]
+            cells[4] = f"**{cells[4]}**"
+            ratios = f"{a.flops / a.useful_flops:.2f} | {a.l2_bytes / memory:.2f}"
+            print(f"| {name} | {n} | {a.tiles} | {ratios} | {' | '.join(cells)} |")
+    return 0
+
+
+def _module(kernel: Mapping[str, Any]) -> nn.Module:
+    """The block that ``kernel`` computes."""
+    cin, out, stride = kernel["cin"], 4 * kernel["mid"], kernel["stride"]
+    projection = nn.Sequential(nn.Conv2d(cin, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+    return FusedBottleneck(cin, kernel["mid"], stride, projection if kernel["project"] else None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""The whole-block CUDA kernels: which takes which block, the account of bytes and FLOPs, numbers where there is a GPU.
+
+Without a GPU the kernels themselves are run by tests/simt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import backends, extension, functional, fuse, report, roofline
+from resnet_fused.fusion import choice
+from resnet_fused.modules.blocks import FusedBottleneck
+from resnet_fused.ops import block
+from resnet_fused.ops.block import BlockCall
+from resnet_fused.ops.bottleneck import cuda
+from resnet_fused.ops.conv_bn_act import reference
+from resnet_fused.ops.convbn import ConvBN
+from resnet_fused.roofline import whole_block
+from resnet_fused.testing.budget import assert_within_budget
+from resnet_fused.testing.cases import ConvCase
+
+BF16 = torch.bfloat16
+SM80, SM90, SM120 = 163 << 10, 227 << 10, 99 << 10  # bytes of shared memory that a block may have
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    if extension.missing():
+        pytest.skip(str(extension.missing()))
+
+
+def make(cin: int, mid: int, project: bool, stride: int = 1, *, n: int = 1, h: int = 5, w: int = 6, groups: int = 1,
+         dtype: torch.dtype = BF16, device: str = "cpu") -> BlockCall:  # fmt: skip
+    def conv(c: int, k: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> ConvBN:
+        case = ConvCase(1, c, 1, 1, k, kernel=kernel, stride=stride, padding=kernel // 2, groups=groups)
+        return case.make(dtype, device, seed=c + k + kernel).conv
+
+    convs = (conv(cin, mid), conv(mid, mid, 3, stride, groups), conv(mid, 4 * mid))
+    x = torch.randn(n, cin, h, w).to(device, dtype).contiguous(memory_format=torch.channels_last)
+    return BlockCall(x, convs, conv(cin, 4 * mid, stride=stride) if project else None, None)
+
+
+@pytest.mark.parametrize(
+    ("call", "sm80", "sm90", "sm120"),
+    [
+        ((256, 64, False), "mid64_c256", "mid64_c256_resident", "mid64_c256"),
+        ((64, 64, True), "mid64_c64_project", "mid64_c64_project_resident", "mid64_c64_project"),
+        ((256, 64, True), "mid64_c256_project", "mid64_c256_project", ""),
+        ((512, 128, False), "mid128_c512", "mid128_c512", "mid128_c512_small"),
+        ((256, 128, True), "mid128_c256_project_small", "mid128_c256_project", ""),
+        ((256, 128, True, 2), "mid128_c256_stride2", "mid128_c256_stride2", ""),
+    ],
+)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
+def test_each_architecture_takes_what_its_shared_memory_holds(
+    call: tuple[Any, ...], sm80: str, sm90: str, sm120: str, dtype: torch.dtype
+) -> None:
+    half = "bf16" if dtype == BF16 else "fp16"
+    for shared, name in ((SM80, sm80), (SM90, sm90), (SM120, sm120)):
+        found = cuda.kernel_for(make(*call, dtype=dtype), shared)
+        if name:
+            assert found == (f"{half}_{name}", None)
+        else:
+            assert found == ("", "this device's shared memory does not hold the block")
+
+
+def test_other_blocks_are_refused() -> None:
+    channels = "no whole-block kernel has these channels, stride and shortcut"
+    convs = "its whole-block kernels are for 1x1, 3x3 and 1x1 convolutions without groups or dilation"
+    for call, reason in (
+        (make(1024, 256, False), channels),
+        (make(256, 64, False, groups=32), convs),
+        (make(64, 64, True, 2), channels),
+    ):
+        assert cuda.kernel_for(call, SM90) == ("", reason)
+    wide = make(256, 64, False)
+    wide = wide._replace(convs=(make(256, 128, False).convs[0], *wide.convs[1:]))
+    assert cuda.kernel_for(wide, SM90) == ("", channels)
+    projected = make(256, 128, True, 2)
+    projected = projected._replace(shortcut=make(256, 128, True).shortcut)
+    assert cuda.kernel_for(projected, SM90)[1] == "the shortcut is not a 1x1 convolution with the block's stride"
+
+
+def test_on_the_cpu_it_says_why_not() -> None:
+    assert cuda.supports(make(256, 64, False)) == "its kernels run on CUDA devices, x is on cpu"
+    assert not block.one_kernel("bottleneck", make(256, 64, False), "cuda")
+
+
+def test_a_report_names_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusal(op: str, backend: str, call: BlockCall) -> str | None:
+        if op == "bottleneck" and backend == "cuda":
+            return cuda.kernel_for(call, SM90)[1]
+        return None if op == "conv_bn_act" else "no"
+
+    for module in (block.backends, choice.backends):
+        monkeypatch.setattr(module, "refusal", refusal)
+    downsample = nn.Sequential(nn.Conv2d(64, 256, 1, bias=False), nn.BatchNorm2d(256))
+    model = nn.Sequential(
+        FusedBottleneck(64, 64, downsample=downsample), FusedBottleneck(256, 64), FusedBottleneck(1024, 256)
+    )
+    found = {e.name: e.backend for e in report(fuse(model.eval().to(BF16), backend="cuda"))}
+    assert found == {"0": "cuda (whole block)", "1": "cuda (whole block)", "2": "cuda"}
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in extension.module().bottleneck_kernels()}
+
+
+@pytest.mark.parametrize(("name", "kernel", "side"), whole_block.BLOCKS)
+def test_the_account_agrees_with_the_roofline(name: str, kernel: str, side: int) -> None:
+    """What must cross main memory and what must be computed is the block's roofline, counted another way."""
+    row = rows()[kernel]
+    counts = roofline.count(whole_block._module(row), (3, row["cin"], side, side))
+    (piece,) = counts["block"].pieces
+    account = whole_block.account(row, 3, side, side)
+    assert (account.x_bytes, account.out_bytes) == (2 * piece.reads, 2 * piece.writes)
+    assert account.parameter_bytes == 2 * piece.weights
+    assert account.useful_flops == piece.flops
+    assert max(account.times().values()) > counts["block"].bound(roofline.H200, BF16).seconds
+
+
+def test_the_account_of_a_tile_by_hand() -> None:
+    """A full tile and a ragged one, stride 2: x under 7x7 output pixels is 15x15, here of a 13x16 image."""
+    row = rows()["bf16_mid128_c256_stride2"]
+    account = whole_block.account(row, 1, 13, 16)
+    assert (account.tiles, account.blocks) == (2, 2)
+    assert account.halo_bytes == 2 * 256 * 13 * (14 + 3)  # columns 0 to 13 and 13 to 15
+    assert account.again_bytes == 2 * 256 * 7 * 8
+    assert account.weight_bytes == 2 * 50 * 128 * 64 * 2
+    assert account.flops == 2 * 2 * (2 * 128 * 256 * 128 + 64 * (9 * 128 * 128 + 128 * 512 + 256 * 512))
+    assert account.out_bytes == 2 * 512 * 7 * 8
+
+
+def test_resident_weights_are_read_once_by_each_block() -> None:
+    row = rows()["bf16_mid64_c256_resident"]
+    account = whole_block.account(row, 256, 56, 56)
+    assert account.blocks == 132 and account.weight_bytes == 132 * 136 * 1024
+    streamed = whole_block.account(rows()["bf16_mid64_c256"], 256, 56, 56)
+    assert streamed.weight_bytes == 7168 * 136 * 1024 and streamed.flops == account.flops
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "shape",
+    [(256, 64, False), (64, 64, True), (256, 64, True), (512, 128, False), (256, 128, True), (256, 128, True, 2)],
+)
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 15, 17), (3, 56, 56)], ids=str)
+def test_numbers_on_a_gpu(size: tuple[int, int, int], shape: tuple[Any, ...], dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    n, h, w = size
+    call = make(*shape, n=n, h=h, w=w, dtype=dtype, device="cuda")
+    if cuda.supports(call) is not None:
+        assert "shared memory" in str(cuda.supports(call))
+        return
+
+    def change(conv: ConvBN) -> ConvBN:
+        return ConvBN(*[None if t is None else t.double() for t in conv[:6]], *conv[6:])  # type: ignore[arg-type]
+
+    wide = BlockCall(call.x.double(), tuple(map(change, call.convs)), call.shortcut and change(call.shortcut), None)
+    exact, want = block.run_chain(wide, reference.run), block.run_chain(call, reference.run)
+    for config in cuda.configs(call):
+        assert_within_budget(cuda.run(call, config), want, exact)
+    for x in (call.x, call.x.contiguous()):  # dense, and copied first
+        out: Tensor = functional.bottleneck(x, *call.convs, call.shortcut, backend="cuda")
+        assert_within_budget(out, want, exact)
+    assert backends.refusal("bottleneck", "cuda", call) is None
+
+
+def test_the_compiled_op_takes_what_the_public_one_does() -> None:
+    if extension.missing(cuda=True):
+        pytest.skip(str(extension.missing(cuda=True)))
+    public = torch.ops.resnet_fused.bottleneck.default._schema.arguments
+    compiled = torch.ops.resnet_fused_cuda.bottleneck.default._schema.arguments
+    assert [(a.name, str(a.type)) for a in compiled[:-1]] == [(a.name, str(a.type)) for a in public[:-1]]
+    assert (compiled[-1].name, compiled[-1].default_value) == ("kernel", "")
+    with pytest.raises(NotImplementedError):  # it is registered for CUDA alone
+        cuda.run(make(256, 64, False))

@@ -1,0 +1,114 @@
+"""The whole bottleneck in one Triton launch: in the interpreter where there is no GPU, against float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from resnet_fused import backends
+from resnet_fused.ops import block
+from resnet_fused.ops.block import BlockCall
+from resnet_fused.ops.conv_bn_act import reference
+from resnet_fused.ops.convbn import ConvBN
+from resnet_fused.testing.budget import assert_within_budget
+from resnet_fused.testing.cases import ConvCase
+
+ROOT = Path(__file__).parents[1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(cin: int, mid: int, project: bool, stride: int, size: tuple[int, int, int], dtype: torch.dtype) -> BlockCall:
+    def conv(c: int, k: int, kernel: int = 1, stride: int = 1) -> ConvBN:
+        case = ConvCase(1, c, 1, 1, k, kernel=kernel, stride=stride, padding=kernel // 2)
+        return case.make(dtype, DEVICE, seed=c + k + kernel).conv
+
+    convs = (conv(cin, mid), conv(mid, mid, 3, stride), conv(mid, 4 * mid))
+    x = torch.randn(size[0], cin, *size[1:]).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
+    return BlockCall(x, convs, conv(cin, 4 * mid, stride=stride) if project else None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((256, 64, False, 1), (2, 9, 17)),
+        ((64, 64, True, 1), (3, 5, 6)),
+        ((512, 128, False, 1), (1, 9, 5)),
+        ((256, 128, True, 1), (1, 3, 18)),
+        ((256, 128, True, 2), (1, 17, 19)),
+        ((256, 128, True, 2), (2, 6, 1)),
+    ],
+    ids=str,
+)
+def test_numbers(shape: tuple[int, int, bool, int], size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    from resnet_fused.ops.bottleneck import triton
+
+    if backends.unavailable("triton") is not None:
+        pytest.skip(str(backends.unavailable("triton")))
+    call = make(*shape, size, dtype)
+    assert triton.supports(call) is None
+
+    def wide(conv: ConvBN) -> ConvBN:
+        return ConvBN(*[None if t is None else t.double() for t in conv[:6]], *conv[6:])  # type: ignore[arg-type]
+
+    exact = BlockCall(call.x.double(), tuple(map(wide, call.convs)), call.shortcut and wide(call.shortcut), None)
+    want = block.run_chain(call, reference.run)
+    assert_within_budget(triton.run(call), want, block.run_chain(exact, reference.run))
+    other = call._replace(x=call.x.contiguous())
+    assert torch.equal(triton.run(other), triton.run(call))
+
+
+def test_what_it_refuses() -> None:
+    from resnet_fused.ops.bottleneck import triton
+
+    if backends.unavailable("triton") is not None:
+        pytest.skip(str(backends.unavailable("triton")))
+    call = make(256, 64, False, 1, (1, 4, 4), torch.bfloat16)
+    assert "no other tensor" in str(triton.supports(call._replace(identity=call.x)))
+    assert "float32" in str(triton.supports(call._replace(x=call.x.float()))) or "fp32" in str(
+        triton.supports(call._replace(x=call.x.float()))
+    )
+    assert "these channels" in str(triton.supports(make(1024, 256, False, 1, (1, 2, 2), torch.bfloat16)))
+
+
+COMPILE = """
+import sys
+from resnet_fused.ops.bottleneck import triton_kernel
+from resnet_fused.testing.triton_compile import resource_usage
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+for cin, mid, stride, project, tile in ((256, 64, 1, 0, (8, 16)), (64, 64, 1, 1, (8, 16)), (256, 128, 2, 1, (8, 8))):
+    constants = {"CIN": cin, "MID": mid, "STRIDE": stride, "PROJECT": project, "TILE_H": tile[0], "TILE_W": tile[1],
+                 "HALO_H": (tile[0] - 1) * stride + 3, "HALO_W": (tile[1] - 1) * stride + 3, "BK": 64, "BN": 64}
+    names = triton_kernel.bottleneck.arg_names
+    for name in names:  # what is absent is a constant, as it is in a launch
+        if name.startswith("bias") or (not project and name in ("wp", "meanp", "varp", "gammap", "betap")):
+            constants[name] = None
+    sizes = ("tiles", "tiles_h", "tiles_w", "h", "w", "p", "q", "x_n", "x_h", "x_w")
+    types = {name: "fp32" if name.startswith("eps") else "i32" if name in sizes else "*bf16" for name in names}
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name] == "*bf16" or name in ("x_n", "x_h", "x_w")]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(triton_kernel.bottleneck, signature, constants, attrs)
+    options = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    usage = resource_usage(compiled.asm["cubin"])
+    assert usage["STACK"] == usage["LOCAL"] == 0, usage
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+"""
+
+
+def test_it_compiles_to_wgmma_without_spills() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE], env=environment, capture_output=True,
+                            text=True, cwd=ROOT)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
