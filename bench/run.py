@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from resnet_fused import roofline
+from resnet_fused import registry, roofline
 from resnet_fused.testing.bench import cases, contenders, environment, measure, store, summary
 from resnet_fused.testing.bench.machine import Machine, machine_for, measure_rates
 
@@ -38,6 +38,7 @@ def parser(description: str, suites: Sequence[str], batches: Sequence[int]) -> a
     options.add_argument("--size", type=int, default=224, help="height and width of the images")
     options.add_argument("--case", help="only cases whose id contains this text")
     options.add_argument("--contender", nargs="+", help="only these (names as in the tables)")
+    options.add_argument("--load", action="append", default=[], help="import first: a FILE.py or MODULE with backends")
     options.add_argument("--compile", action="store_true", help="torch.compile too; it builds for minutes")
     options.add_argument("--repeats", type=int, default=20, help="samples per contender")
     options.add_argument("--seconds", type=float, default=60.0, help="no case samples for longer than this")
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def execute(args: argparse.Namespace, machine: Machine | None = None) -> int:
     """Run what the options ask for and print the tables."""
     out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    for plugin in args.load:
+        registry.load(plugin)
     device = torch.device(args.device)
     machine = machine or machine_for(device)
     present, absent = contenders.table(device, compiled=args.compile)

@@ -13,13 +13,14 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 
 from resnet_fused import extension
+from resnet_fused.registry import REGISTERED, names
+from resnet_fused.tuning import lookup
 
 logger = logging.getLogger("resnet_fused")
 
@@ -42,15 +43,27 @@ AUTO = "auto"
 NAMES = tuple(b.value for b in Backend)
 
 
+class Server(Protocol):
+    """Who serves a call: a backend's module, or one with a launch config."""
+
+    @property
+    def run(self) -> Callable[[Any], Any]: ...
+
+
 class BackendError(RuntimeError):
     """The backend asked for by name cannot serve this call; the message says why and what can."""
+
+
+def all_names() -> tuple[str, ...]:
+    """NAMES, then those that :func:`resnet_fused.register_backend` added."""
+    return (*NAMES, *names())
 
 
 def check_name(backend: str) -> str:
     """Return ``backend`` as a plain string; ValueError when there is no such backend."""
     name = str(backend)
-    if name != AUTO and name not in NAMES:
-        raise ValueError(f"backend: got {backend!r}, need 'auto' or one of {', '.join(map(repr, NAMES))}")
+    if name != AUTO and name not in NAMES and name not in names():
+        raise ValueError(f"backend: got {backend!r}, need 'auto' or one of {', '.join(map(repr, all_names()))}")
     return name
 
 
@@ -59,9 +72,13 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
 def unavailable(backend: str) -> str | None:
     """Why ``backend`` cannot run in this process at all, or None when it can."""
+    return None if backend in names() else _unavailable(backend)
+
+
+@functools.cache
+def _unavailable(backend: str) -> str | None:
     match Backend(backend):
         case Backend.REFERENCE:
             return None
@@ -93,12 +110,16 @@ def unavailable(backend: str) -> str | None:
 
 def available() -> dict[str, str | None]:
     """Every backend, with None where it can run here, else the reason why it cannot."""
-    return {name: unavailable(name) for name in NAMES}
+    return {name: unavailable(name) for name in all_names()}
+
+
+def implementation(op: str, backend: str) -> Any:
+    """The module that computes ``op`` on ``backend``, or None when that pair does not exist."""
+    return REGISTERED.get((op, backend)) or _module(op, backend)
 
 
 @functools.cache
-def implementation(op: str, backend: str) -> ModuleType | None:
-    """The module that computes ``op`` on ``backend``, or None when that pair does not exist."""
+def _module(op: str, backend: str) -> Any:
     name = f"resnet_fused.ops.{op}.{backend}"
     if importlib.util.find_spec(name) is None:
         return None
@@ -116,29 +137,59 @@ def refusal(op: str, backend: str, call: Any) -> str | None:
     return module.supports(call)  # type: ignore[no-any-return]
 
 
-def choose(op: str, call: Any, requested: str, candidates: Sequence[str]) -> ModuleType:
-    """The module that serves this call.
+def choose(op: str, call: Any, requested: str, candidates: Sequence[str]) -> Server:
+    """Who serves this call.
 
-    ``requested`` names a backend, which then serves or raises BackendError, or is ``"auto"``: the first of
-    ``candidates`` that supports the call.
+    ``requested`` names a backend, which then serves or raises BackendError, or is ``"auto"``: what the tuning table
+    says, else the first of ``candidates`` that supports the call.
     """
     if requested != AUTO:
         reason = refusal(op, check_name(requested), call)
         if reason is not None:
-            able = [name for name in NAMES if refusal(op, name, call) is None]
+            able = [name for name in all_names() if refusal(op, name, call) is None]
             raise BackendError(
                 f"backend={requested!r} cannot run this {op}: {reason}. Use backend='auto' or one of {able}."
             )
-        module = implementation(op, requested)
-        assert module is not None
-        return module
+        return cast(Server, implementation(op, requested))
+    found = lookup.find(op, call)
+    served = None if found is None else tuned(op, call, found)
+    if served is not None:
+        return served
     for name in candidates:
         if refusal(op, name, call) is None:
             _log_choice(op, name, call)
-            module = implementation(op, name)
-            assert module is not None
-            return module
+            return cast(Server, implementation(op, name))
     raise BackendError(f"no backend can run this {op}; candidates were {list(candidates)}")
+
+
+def tuned(op: str, call: Any, found: lookup.Found) -> Server | None:
+    """Who serves this call by the tuning table's word; None where that backend is absent, refuses the call, or no
+    longer has the config."""
+    name, config = found.entry.backend, found.entry.config
+    if name not in all_names() or refusal(op, name, call) is not None:
+        return None
+    if config is not None and name != Backend.REFERENCE and not lookup.aligned(call):
+        server: Server | None = implementation(op, name)  # which chooses a config itself
+    else:
+        if not found.resolved:
+            found.server, found.resolved = _configured(op, name, config, call), True
+        server = found.server
+    if server is not None and _logging():
+        _log_choice(op, f"{name}{'' if config is None else f' {config}'} (tuned)", call)
+    return server
+
+
+def _configured(op: str, name: str, config: Any, call: Any) -> Server | None:
+    module = implementation(op, name)
+    if config is None:
+        return cast(Server, module)
+    if name == Backend.REFERENCE:
+        layouts = importlib.import_module("resnet_fused.tuning.layouts")
+        return lookup.Configured(layouts.run, config) if config in lookup.LAYOUTS else None
+    for own in module.configs(call) if hasattr(module, "configs") else ():
+        if lookup.plain(own) == config:
+            return lookup.Configured(module.run, own)
+    return None
 
 
 @functools.cache

@@ -41,6 +41,8 @@ def surveyed(found):
     return row
 
 
+NORMS = "need nn.BatchNorm2d, nn.SyncBatchNorm or FrozenBatchNorm2d"
+
 # model: (blocks fused, stems fused, what stays eager in some of them, why others are left alone)
 TIMM = {
     "resnet18d": (8, 1, "the AvgPool2d in downsample stays eager", None),
@@ -48,7 +50,7 @@ TIMM = {
     "ecaresnet26t": (8, 1, "se stays eager", None),
     "resnetblur50": (16, 1, "aa stays eager", None),
     "seresnext26d_32x4d": (8, 1, "se stays eager", None),
-    "resnet50_gn": (0, 0, None, "bn1 is timm.layers.norm.GroupNorm, need nn.BatchNorm2d or FrozenBatchNorm2d"),
+    "resnet50_gn": (0, 0, None, f"bn1 is timm.layers.norm.GroupNorm, {NORMS}"),
     "res2net50_14w_8s": (0, 1, None, "a Res2Net block, which splits the channels of its second convolution"),
 }
 
@@ -68,7 +70,7 @@ OTHERS = {
     ("transformers ResNet", "ResNet-50 v1"): (16, 1, set(), set()),
     ("transformers ResNet", "ResNet-18 silu"): (
         0, 0, set(),
-        {f"{a}activation is transformers.activations.SiLUActivation, need nn.ReLU" for a in ("", "embedder.")},
+        {f"{at}activation is transformers.activations.SiLUActivation, need nn.ReLU" for at in ("", "embedder.")},
     ),
     ("transformers DETR, RT-DETR", "RT-DETR r18"): (8, 1, {"the AvgPool2d in shortcut stays eager"}, set()),
     ("segmentation_models_pytorch", "Unet(resnet18)"): (8, 1, set(), set()),
@@ -97,7 +99,7 @@ ALONE = {
     "mmdet Bottleneck, with_cp": "it recomputes its activations (with_cp=True)",
     "mmdet Bottleneck, plugins": "it has plugins",
     "mmdet BasicBlock, GN": "norm1 is a GroupNorm, need nn.BatchNorm2d under the name bn1",
-    "torchreid IBN": "bn1 is torchreid.reid.models.resnet_ibn_a.IBN, need nn.BatchNorm2d or FrozenBatchNorm2d",
+    "torchreid IBN": f"bn1 is torchreid.reid.models.resnet_ibn_a.IBN, {NORMS}",
     "kuangliu PreActBlock": None,  # its forward is no residual block's that we fuse, so nothing is said of it
 }
 

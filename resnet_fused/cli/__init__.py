@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import resnet_fused
-from resnet_fused.cli import bench, check, demo, families, info, train
+from resnet_fused.cli import bench, check, demo, families, info, train, tune
 from resnet_fused.cli.common import UserError
 
-COMMANDS = (info, check, bench, train, families, demo)
+COMMANDS = (info, check, bench, tune, train, families, demo)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from resnet_fused import backends
+from resnet_fused import backends, registry
 from resnet_fused.testing import models
 from resnet_fused.testing.statistics import calibrate
 
@@ -47,6 +47,21 @@ def add_model_options(parser: argparse.ArgumentParser, batch: int) -> None:
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+
+
+def add_load_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--load", action="append", default=[], metavar="FILE.py|MODULE", help="import this first: it registers backends"
+    )
+
+
+def load_plugins(specs: Iterable[str]) -> None:
+    """Import what ``--load`` names."""
+    for spec in specs:
+        try:
+            registry.load(spec)
+        except Exception as error:  # whatever the user's file raises is told in one line
+            raise UserError(f"--load {spec}: {type(error).__name__}: {error}") from error
 
 
 def positive(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -39,6 +39,7 @@ def fuse(
     memory_format: torch.memory_format = torch.channels_last,
     recompute: str | None = None,
     generic: bool = False,
+    tune: Any = None,
 ) -> M:
     """Make the residual blocks and the stem of ``model`` run as fused ops.
 
@@ -64,16 +65,21 @@ def fuse(
             modules, traced with torch.fx one by one: heads, necks, other networks than ResNets. No other thread may
             run a model meanwhile. ``filter_fn`` is then also called with each convolution, or the module of a sum, and
             its name in the report; ``strict`` speaks of residual blocks only.
+        tune: an example input (a tensor, or a tuple of arguments): measure every backend on the calls that the fused
+            model makes for it, as ``resnet-fused tune`` does, unless the user's table has them already. Takes minutes;
+            ``model`` must be in eval mode and ``backend`` "auto".
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: there is no such backend, memory format or recompute.
+        ValueError: there is no such backend, memory format or recompute; or nothing can be tuned, see ``tune``.
         FusionError: see ``strict``; ``model`` is then unchanged.
     """
     _check_model(model)
     backend = backends.check_name(backend)
     if memory_format not in (torch.channels_last, torch.preserve_format):
         raise ValueError(f"memory_format: got {memory_format}, need torch.channels_last or torch.preserve_format")
+    if tune is not None and backend != backends.AUTO:
+        raise ValueError(f"tune: got an input with backend={backend!r}, need backend='auto', which reads what is tuned")
     parts.check_recompute(recompute)
     if strict:
         _check_strict(model, filter_fn)
@@ -91,6 +97,10 @@ def fuse(
             relayout(module, [conv for conv, _ in pairs_of(module, found.spec)])
     if generic:
         fuse_generic(model, backend, filter_fn, memory_format)
+    if tune is not None:
+        from resnet_fused.tuning import tuner
+
+        tuner.tune(model, *(tune if isinstance(tune, tuple) else (tune,)))
     return model
 
 
@@ -103,11 +113,12 @@ def fuse_(
     memory_format: torch.memory_format = torch.channels_last,
     recompute: str | None = None,
     generic: bool = False,
+    tune: Any = None,
 ) -> M:
     """``fuse(model, inplace=True, …)``."""
     return fuse(
         model, inplace=True, backend=backend, filter_fn=filter_fn, strict=strict, memory_format=memory_format,
-        recompute=recompute, generic=generic,
+        recompute=recompute, generic=generic, tune=tune,
     )  # fmt: skip
 
 

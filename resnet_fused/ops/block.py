@@ -17,9 +17,10 @@ from resnet_fused.ops import library, packed
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, Shape, check_addend, check_conv, check_input, short_dtype
-from resnet_fused.ops.layout import eager_strides, like_eager, with_strides
+from resnet_fused.ops.layout import eager_strides, with_strides
 from resnet_fused.ops.schemas import SCHEMAS
 from resnet_fused.ops.tensor_cache import TensorCache
+from resnet_fused.tuning import lookup
 
 _FIELDS = len(ConvBN._fields)
 
@@ -151,6 +152,7 @@ class _Plan(NamedTuple):
 
 _PLANS: TensorCache[dict[Any, _Plan]] = packed.new_cache()
 _PLANS_PER_BLOCK = 8
+_NOTHING = torch.empty(0)
 
 
 def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
@@ -158,10 +160,10 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
     x, identity = call.x, call.identity
     if x.device.type != "cpu":
         check_block(call)
-        if x.numel() > 0 and one_kernel(name, call, backend):
-            out: Tensor = backends.choose(name, call, backend, ()).run(call)
-            return like_eager(out, _eager, x, (*call.convs, call.shortcut), identity)
-        return run_chain(call, lambda c: conv_bn_act.compute(c, backend))
+        run = _whole(name, call, backend)
+        if run is None:
+            return run_chain(call, lambda c: conv_bn_act.compute(c, backend))
+        return with_strides(run(x, identity), eager_strides(_eager, x, (*call.convs, call.shortcut), identity))
     convs = call.convs if call.shortcut is None else (*call.convs, call.shortcut)
     tensors = sum([conv[:6] for conv in convs], ())
     plans = _PLANS.get(tensors, (name, call.shortcut is None, *[conv[6:] for conv in convs]), dict)
@@ -181,15 +183,62 @@ def _plan(name: str, call: BlockCall, backend: str) -> _Plan:
     """Check the call and choose who computes it."""
     check_block(call)
     strides = eager_strides(_eager, call.x, (*call.convs, call.shortcut), call.identity)
-    whole = [] if call.x.numel() == 0 or not packed.lasting(call.convs[0]) else ["cpu", "onednn"]
-    for candidate in whole:
-        if backend in (candidate, backends.AUTO) and backends.refusal(name, candidate, call) is None:
-            return _Plan(backends.choose(name, call, candidate, ()).bind(call), strides)
+    whole = _whole(name, call, backend)
+    if whole is not None:
+        return _Plan(whole, strides)
 
     def chain(x: Tensor, identity: Tensor | None) -> Tensor:
         return run_chain(call._replace(x=x, identity=identity), lambda c: conv_bn_act.compute(c, backend))
 
     return _Plan(chain, strides)
+
+
+def _whole(name: str, call: BlockCall, backend: str) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """The block as a function of x and identity, where a backend computes it as one; None for the chain."""
+    if call.x.numel() == 0:
+        return None
+    candidates: tuple[str, ...] = (backends.check_name(backend),)
+    if backend == backends.AUTO:
+        found = lookup.find(name, call)
+        by, layout = (None, None) if found is None else (found.entry.backend, found.entry.config)
+        if by == lookup.CHAIN:
+            return None
+        if by == backends.Backend.REFERENCE and layout in (None, *lookup.LAYOUTS):
+            return _eager_whole(call, layout)
+        server = None if found is None else backends.tuned(name, call, found)
+        if server is not None:
+            return _bind(server, call)
+        candidates = ("cpu", "onednn") if call.x.device.type == "cpu" else ()
+    for candidate in candidates:
+        if candidate in ("cpu", "onednn") and not packed.lasting(call.convs[0]):
+            continue
+        if backends.refusal(name, candidate, call) is None:
+            return _bind(backends.choose(name, call, candidate, ()), call)
+        if backends.implementation("conv_bn_act", candidate) is None:
+            backends.choose(name, call, candidate, ())  # nor can it be a chain: raises, saying why
+    return None
+
+
+def _bind(server: Any, call: BlockCall) -> Callable[[Tensor, Tensor | None], Tensor]:
+    if hasattr(server, "bind"):
+        return server.bind(call)  # type: ignore[no-any-return]
+    bare = call._replace(x=_NOTHING, identity=None)  # what is kept of a plan holds no activations
+    return lambda x, identity: server.run(bare._replace(x=x, identity=identity))
+
+
+def _eager_whole(call: BlockCall, layout: str | None) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The block by eager PyTorch, in the call's memory format or another."""
+    bare = call._replace(x=_NOTHING, identity=None)
+
+    def run(x: Tensor, identity: Tensor | None) -> Tensor:
+        now = bare._replace(x=x, identity=identity)
+        if layout is not None:
+            from resnet_fused.tuning.layouts import turned
+
+            now = turned(now, layout)
+        return run_chain(now, reference.run)
+
+    return run
 
 
 def one_kernel(name: str, call: BlockCall, backend: str) -> bool:

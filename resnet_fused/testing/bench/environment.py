@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from resnet_fused.tuning.environment import cpu_name
+
 _ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -21,8 +23,8 @@ def describe(device: torch.device) -> dict[str, str]:
     driver, clocks = _nvidia_smi(device) if cuda else ("", "")
     cudnn = torch.backends.cudnn.version() if cuda else None
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
-        "cpu": _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
+        "cpu": cpu_name(),
         "driver": driver,
         "clocks": clocks,
         "cuda": torch.version.cuda or "",
@@ -69,15 +71,6 @@ def _version(package: str) -> str:
 
 def _config_line(part: str) -> str:
     return next((line for line in torch.__config__.show().splitlines() if part in line), "")
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return (found.group(1).strip() if found else platform.processor()) or platform.machine()
 
 
 def _nvidia_smi(device: torch.device) -> tuple[str, str]:

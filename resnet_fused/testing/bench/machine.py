@@ -34,6 +34,10 @@ class Machine:
             raise ValueError(f"cache: got {cache!r}, need one of {self.caches}")
         return cpu_seconds
 
+    def peak_bytes(self, call: Call) -> int | None:
+        """Memory that ``call`` takes at its peak, beyond what is taken before it; None where that is not counted."""
+        return None
+
     def graph(self, call: Call) -> Call:
         """``call`` captured as a graph, to be replayed in one launch; only where ``graphs`` is true."""
         raise NotImplementedError(f"{self.device} has no graphs")
@@ -64,6 +68,15 @@ class CUDAMachine(Machine):
             end.record()
         torch.cuda.synchronize(self.device)
         return float(sum(start.elapsed_time(end) for start, end in pairs)) / 1e3 / loops
+
+    def peak_bytes(self, call: Call) -> int | None:
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        with torch.inference_mode():
+            call()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before
 
     def graph(self, call: Call) -> Call:
         stream = torch.cuda.Stream(self.device)

@@ -99,6 +99,8 @@ def measure_case(
     counts = roofline.count(module, *case.shapes)[case.level]
     bound = counts.bound(rates, case.dtype)
     rows: list[dict[str, Any]] = []
+    # A graph's memory is its own, taken when it was captured.
+    peaks = {name: machine.peak_bytes(call) for name, call in calls.items() if not name.endswith(GRAPH)}
     for cache in machine.caches:
         timings = interleaved(
             calls,
@@ -130,6 +132,8 @@ def measure_case(
             if name in timings:
                 timing = timings[name]
                 row |= {f"{key}_ms": value for key, value in timing.to_dict().items()}
+                peak = peaks.get(name)
+                row |= {"peak_bytes": "" if peak is None else str(peak)}
                 row |= {"samples": len(timing.samples), "roofline_pct": 100 * bound.seconds / timing.p50}
             rows.append(row)
     return rows

@@ -18,7 +18,7 @@ ENVIRONMENT = (
 IDENTITY = ("suite", "case", "contender", "cache")
 NUMBERS = (
     *("batch", "gate", "samples", "p20_ms", "p50_ms", "p80_ms", "flops", "bytes", "bound_ms", "roofline_pct"),
-    *("copy_bytes_per_s", "matmul_flops_per_s"),
+    *("peak_bytes", "copy_bytes_per_s", "matmul_flops_per_s"),
 )
 COLUMNS = (
     *IDENTITY,

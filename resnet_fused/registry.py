@@ -1,0 +1,130 @@
+"""Backends from outside: a user's own kernel beside ours."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OPS = ("conv_bn_act", "add_relu", "basic_block", "bottleneck")
+_TAKEN = ("auto", "chain", "reference", "onednn", "cpu", "cudnn", "triton", "cuda")
+
+Kernel = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What a backend's module is for an op of ours: ``supports(call)`` and ``run(call)``, and perhaps ``configs``."""
+
+    run: Kernel
+    supports: Callable[[Any], str | None]
+
+
+@dataclass(frozen=True)
+class Configurable(Registered):
+    """One with launch configs, of which ``run`` takes one as its second argument."""
+
+    configs: Callable[[Any], Sequence[Any]]
+
+
+REGISTERED: dict[tuple[str, str], Registered] = {}
+_names: list[str] = []
+
+
+def names() -> list[str]:
+    """Names of the registered backends, in the order in which they came."""
+    return _names
+
+
+def register_backend(
+    name: str,
+    op: str = "conv_bn_act",
+    *,
+    supports: Callable[[Any], str | None] | None = None,
+    configs: Callable[[Any], Sequence[Any]] | None = None,
+) -> Callable[[Kernel], Kernel]:
+    """Make a function of yours a backend: ``backend=name`` then calls it, benchmarks gate, time and draw it, and
+    ``resnet-fused tune`` measures it. ``backend="auto"`` takes it where a tuning table says that it is the fastest.
+
+    ::
+
+        @resnet_fused.register_backend("mine", supports=lambda call: None if call.conv.groups == 1 else "groups")
+        def conv_bn_act(call):
+            conv = call.conv        # weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, stride, …
+            return my_kernel(call.x, conv.weight, ..., call.residual, relu=call.act == "relu")
+
+    Args:
+        name: letters, digits and underscores; not one of ours. One name may serve several ops.
+        op: "conv_bn_act" (the function gets a ``ConvBNActCall``), "add_relu" (``AddReLUCall``), "basic_block" or
+            "bottleneck" (``BlockCall``). The call has been checked; the result needs its shape and dtype, and for
+            add_relu the strides of ``a + b``.
+        supports: why a call cannot be served, or None; by default every call can.
+        configs: launch configs for a call (strings, numbers, or tuples of them), tried by the tuner; the function
+            then takes one, or None for its own choice, as its second argument.
+
+    Registering the same pair again replaces it.
+
+    Raises:
+        ValueError: the name is taken or is no name, or there is no such op.
+    """
+    if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in _TAKEN:
+        raise ValueError(f"name: got {name!r}, need letters, digits and underscores, and none of {', '.join(_TAKEN)}")
+    if op not in OPS:
+        raise ValueError(f"op: got {op!r}, need one of {OPS}")
+    accepts = supports or (lambda call: None)
+
+    def decorate(kernel: Kernel) -> Kernel:
+        REGISTERED[op, name] = (
+            Registered(kernel, accepts) if configs is None else Configurable(kernel, accepts, configs)
+        )
+        if name not in _names:
+            _names.append(name)
+        _choose_anew()
+        return kernel
+
+    return decorate
+
+
+def unregister_backend(name: str) -> None:
+    """Forget the backend ``name``, of every op.
+
+    Raises:
+        ValueError: nobody registered it.
+    """
+    if name not in _names:
+        raise ValueError(f"name: got {name!r}, need one of {_names}")
+    _names.remove(name)
+    for pair in [pair for pair in REGISTERED if pair[1] == name]:
+        del REGISTERED[pair]
+    _choose_anew()
+
+
+def load(spec: str) -> None:
+    """Import a module that registers backends: ``package.module``, or the path of a file that ends in ``.py``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        Exception: whatever the module raises.
+    """
+    if not spec.endswith(".py"):
+        importlib.import_module(spec)
+        return
+    path = Path(spec).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules.setdefault(path.stem, module)  # where Triton, say, looks for a kernel's globals
+    found.loader.exec_module(module)
+
+
+def _choose_anew() -> None:
+    from resnet_fused.tuning import lookup
+
+    lookup.forget()

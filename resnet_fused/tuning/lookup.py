@@ -1,0 +1,190 @@
+"""From a call to what its table says: the hook of ``backends.choose``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.tuning import environment, table
+from resnet_fused.tuning.table import Entry
+
+OPS = ("conv_bn_act", "add_relu", "basic_block", "bottleneck")
+CHAIN = "chain"  # a block, convolution by convolution
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+_PASSING = object()  # weights of inference mode: nothing packed from them lasts, so no measured time holds
+_ALIGNMENT = 16  # bytes: tensors that are measured start at a multiple of it
+
+Recorder = Callable[[str, Any], None]
+
+
+@dataclass(eq=False)
+class Found:
+    """A table's entry for calls that are alike, and the server made of it once a call was seen."""
+
+    entry: Entry
+    server: Any = None
+    resolved: bool = False
+
+
+_tables: dict[tuple[torch.device, int], dict[str, Entry]] = {}
+_found: dict[tuple[Any, ...], Found | None] = {}
+_trial: tuple[str, Found] | None = None
+_recorder: Recorder | None = None
+
+
+class Configured(NamedTuple):
+    """A backend with a launch config, in the place of the backend's module."""
+
+    compute: Callable[[Any, Any], Tensor]
+    config: Any
+
+    def run(self, call: Any) -> Tensor:
+        return self.compute(call, self.config)
+
+
+def find(op: str, call: Any) -> Found | None:
+    """What the table of the call's device says about this call; None where it says nothing."""
+    if op not in OPS:
+        return None
+    if _trial is not None and _trial[0] == op:
+        return _trial[1]
+    if _recorder is not None:
+        _recorder(op, call)
+        return None
+    device = call[0].device
+    known = _table(device)
+    if not known:
+        return None
+    memo = (op, device, torch.get_num_threads(), _flags(device), *_facts(call))
+    if memo not in _found:
+        if len(_found) >= 4096:
+            _found.clear()
+        text = key(op, call)
+        entry = None if text is None else known.get(text)
+        _found[memo] = None if entry is None else Found(entry)
+    return _found.get(memo)
+
+
+def key(op: str, call: Any) -> str | None:
+    """The call's place in a table; None for tensors that are neither contiguous nor channels_last, and for weights
+    made in inference mode: no table has those.
+
+    Tensors of two dimensions or more stand there with dtype, shape and layout, and integers and names as they are.
+    The values of vectors, and numbers such as eps, do not decide how fast a call is.
+    """
+    words = [op, _flags(call[0].device)]
+    for fact in _facts(call):
+        if fact is _PASSING:
+            return None
+        if isinstance(fact, tuple):
+            shape, stride, dtype = fact
+            layout = _layout(shape, stride)
+            if layout is None:
+                return None
+            words.append(f"{str(dtype).removeprefix('torch.')}:{'x'.join(map(str, shape))}:{layout}")
+        else:
+            words.append(str(fact))
+    return " ".join(word for word in words if word)
+
+
+def plain(config: Any) -> Any:
+    """A config as JSON gives it back."""
+    return [plain(value) for value in config] if isinstance(config, (tuple, list)) else config
+
+
+def aligned(call: Any) -> bool:
+    """Whether all matrices and images of the call start where those that were measured did."""
+    for value in call:
+        if isinstance(value, Tensor):
+            if value.dim() > 1 and value.data_ptr() % _ALIGNMENT:
+                return False
+        elif isinstance(value, tuple) and not aligned(value):
+            return False
+    return True
+
+
+def _facts(call: Any, weights: bool = False) -> list[Any]:
+    facts: list[Any] = []
+    for value in call:
+        if isinstance(value, Tensor):
+            if value.dim() > 1:
+                facts.append((value.shape, value.stride(), value.dtype))
+                if weights and value.is_inference():
+                    facts.append(_PASSING)
+        elif isinstance(value, (tuple, list)):
+            facts += _facts(value, weights=True)
+        elif value is None:
+            facts.append("-")
+        elif not isinstance(value, float):
+            facts.append(value)
+    return facts
+
+
+def _layout(shape: tuple[int, ...], stride: tuple[int, ...]) -> str | None:
+    """ "nhwc" wins where both fit."""
+    like = torch.empty_strided(shape, stride, device="meta")
+    if len(shape) == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        return "nhwc"
+    return "nchw" if like.is_contiguous() else None
+
+
+def _flags(device: torch.device) -> str:
+    """The switches of PyTorch that change what is fastest."""
+    if device.type != "cuda":
+        return "" if torch._C._get_mkldnn_enabled() else "no-onednn"
+    cudnn: Any = torch.backends.cudnn
+    return f"{cudnn.conv.fp32_precision}{'+benchmark' * cudnn.benchmark}{'+deterministic' * cudnn.deterministic}"
+
+
+def _table(device: torch.device) -> dict[str, Entry]:
+    """Shipped entries, and over them the user's own; read once."""
+    at = (device, 0 if device.type == "cuda" else torch.get_num_threads())
+    if at not in _tables:
+        entries: dict[str, Entry] = {}
+        if os.environ.get("RESNET_FUSED_TUNING", "1") != "0":
+            facts = environment.describe(device)
+            for path in sorted(environment.SHIPPED.glob("*.json")):
+                with contextlib.suppress(table.TableError):  # another device's
+                    entries |= table.read(path, facts)
+            entries |= table.load(environment.path_for(facts), facts)
+        _tables[at] = entries
+    return _tables[at]
+
+
+def forget() -> None:
+    """Read the tables anew at the next call, and choose anew for every call."""
+    from resnet_fused.ops import packed
+
+    _tables.clear()
+    _found.clear()
+    packed.clear()  # among others, what was chosen for each block
+
+
+@contextlib.contextmanager
+def trial(op: str, found: Found) -> Iterator[None]:
+    """Every call of ``op`` runs as ``found`` says."""
+    global _trial
+    before, _trial = _trial, (op, found)
+    try:
+        yield
+    finally:
+        _trial = before
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """``recorder`` is told each call that a table could decide, with the op's name; tables are not read meanwhile."""
+    global _recorder
+    forget()
+    before, _recorder = _recorder, recorder
+    try:
+        yield
+    finally:
+        _recorder = before
+        forget()

@@ -1,0 +1,155 @@
+"""A tuning table as a file: versioned JSON, replaced as a whole under a lock, never trusted blindly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = "resnet_fused tuning table"
+VERSION = 1
+
+logger = logging.getLogger("resnet_fused")
+
+
+class TableError(ValueError):
+    """The file is no table of this version and environment; the message says why."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was chosen for one call. ``config`` holds plain JSON values, None where the backend has no configs;
+    ``milliseconds`` are the medians of all that was measured, for people to read."""
+
+    backend: str
+    config: Any = None
+    milliseconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def read(path: Path, environment: Mapping[str, str]) -> dict[str, Entry]:
+    """The entries of ``path`` by key; none where there is no such file.
+
+    Every fact that the file is bound to must be as in ``environment``.
+
+    Raises:
+        TableError: the file is corrupt or foreign.
+    """
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise TableError(f"no JSON: {error}") from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise TableError(f"its format is not {FORMAT!r}")
+    if value.get("version") != VERSION:
+        raise TableError(f"its version is {value.get('version')!r}, need {VERSION}")
+    bound, entries = value.get("environment"), value.get("entries")
+    if not isinstance(bound, dict) or "device" not in bound or not isinstance(entries, dict):
+        raise TableError("its environment or its entries are missing")
+    for key, fact in bound.items():
+        if environment.get(key) != fact:
+            raise TableError(f"it is for {key} {fact!r}, here is {environment.get(key)!r}")
+    return {key: _entry(key, entry) for key, entry in entries.items()}
+
+
+def _entry(key: str, value: Any) -> Entry:
+    times = value.get("milliseconds") if isinstance(value, dict) else None
+    sound = isinstance(times, dict) and all(isinstance(t, (int, float)) and math.isfinite(t) for t in times.values())
+    if (
+        not sound
+        or not isinstance(value.get("backend"), str)
+        or not {"backend", "config", "milliseconds"} >= set(value)
+    ):
+        raise TableError(f"the entry of {key!r} is damaged")
+    return Entry(value["backend"], value.get("config"), value["milliseconds"])
+
+
+def load(path: Path, environment: Mapping[str, str]) -> dict[str, Entry]:
+    """:func:`read`, but a corrupt or foreign file is set aside with a warning, and there are then no entries."""
+    try:
+        return read(path, environment)
+    except TableError:
+        pass
+    except OSError as error:
+        logger.warning("the tuning table %s cannot be read and is ignored: %s", path, error)
+        return {}
+    try:
+        with _locked(path):
+            return _read_or_set_aside(path, environment)
+    except OSError as error:
+        logger.warning("the tuning table %s is ignored, and cannot be set aside: %s", path, error)
+        return {}
+
+
+def merge(path: Path, environment: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
+    """Add ``entries`` to the table in ``path``, over those with the same keys.
+
+    What other processes add meanwhile stays. An interruption leaves the old file or the new one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        merged = _read_or_set_aside(path, environment) | dict(entries)
+        value = {
+            "format": FORMAT,
+            "version": VERSION,
+            "environment": dict(sorted(environment.items())),
+            "entries": {key: _plain(merged[key]) for key in sorted(merged)},
+        }
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(value, file, indent=1, allow_nan=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    return {"backend": entry.backend, "config": entry.config, "milliseconds": dict(entry.milliseconds)}
+
+
+def _read_or_set_aside(path: Path, environment: Mapping[str, str]) -> dict[str, Entry]:
+    try:
+        return read(path, environment)
+    except TableError as error:
+        number = 0
+        while (aside := path.with_name(f"{path.name}.bad{number}")).exists():
+            number += 1
+        os.replace(path, aside)
+        logger.warning("the tuning table %s is ignored (%s) and kept as %s", path, error, aside.name)
+        return {}
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among the processes that use this file. The lock is the system's: it ends with the process."""
+    with path.with_name(path.name + ".lock").open("a+b") as file:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file ends the lock
