@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 
 from resnet_fused import functional
-from resnet_fused.ops import block, block_cpu, onednn
+from resnet_fused.ops import block, block_cpu, onednn, packed
 from resnet_fused.ops.block import BlockCall
 from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBN
@@ -88,11 +91,26 @@ def test_sub_batches_give_the_same(kind: str, n: int, monkeypatch: pytest.Monkey
     assert torch.equal(call.x.nan_to_num(9.0), before.nan_to_num(9.0))
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_dies_with_the_weights(kind: str, backend: str) -> None:
+    packed.clear()
+    call = make(kind)
+    run(call, backend)
+    weights = [weakref.ref(c.weight) for c in call.convs]
+    x = weakref.ref(call.x)
+    assert any(map(len, packed.CACHES))
+    del call
+    gc.collect()
+    assert x() is None and all(weight() is None for weight in weights)
+    assert not any(map(len, packed.CACHES))
+
+
 def test_the_shortcut_is_never_written_to() -> None:
     for kind in ("basic_block", "basic_block-ready"):
         call = make(kind)
         kept = [t.clone() for t in (call.x, call.identity) if t is not None]
-        block_cpu.bind_onednn(call)(call.x, call.identity)
+        block_cpu.bind_onednn(call)(call)
         for before, after in zip(kept, [t for t in (call.x, call.identity) if t is not None], strict=True):
             assert torch.equal(before, after)
 

@@ -146,13 +146,12 @@ def chain_of_ops(call: BlockCall, backend: str) -> Tensor:
 class _Plan(NamedTuple):
     """What stays the same from call to call with the same weights and shapes: the checks have passed."""
 
-    run: Callable[[Tensor, Tensor | None], Tensor]
+    run: Callable[[BlockCall], Tensor]  # holds none of the call's tensors: the cache would keep them alive
     strides: tuple[int, ...]
 
 
 _PLANS: TensorCache[dict[Any, _Plan]] = packed.new_cache()
 _PLANS_PER_BLOCK = 8
-_NOTHING = torch.empty(0)
 
 
 def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
@@ -163,7 +162,7 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
         run = _whole(name, call, backend)
         if run is None:
             return run_chain(call, lambda c: conv_bn_act.compute(c, backend))
-        return with_strides(run(x, identity), eager_strides(_eager, x, (*call.convs, call.shortcut), identity))
+        return with_strides(run(call), eager_strides(_eager, x, (*call.convs, call.shortcut), identity))
     convs = call.convs if call.shortcut is None else (*call.convs, call.shortcut)
     tensors = sum([conv[:6] for conv in convs], ())
     plans = _PLANS.get(tensors, (name, call.shortcut is None, *[conv[6:] for conv in convs]), dict)
@@ -176,7 +175,7 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
         if len(plans) >= _PLANS_PER_BLOCK:
             plans.clear()
         plans[key] = plan
-    return with_strides(plan.run(x, identity), plan.strides)
+    return with_strides(plan.run(call), plan.strides)
 
 
 def _plan(name: str, call: BlockCall, backend: str) -> _Plan:
@@ -184,17 +183,11 @@ def _plan(name: str, call: BlockCall, backend: str) -> _Plan:
     check_block(call)
     strides = eager_strides(_eager, call.x, (*call.convs, call.shortcut), call.identity)
     whole = _whole(name, call, backend)
-    if whole is not None:
-        return _Plan(whole, strides)
-
-    def chain(x: Tensor, identity: Tensor | None) -> Tensor:
-        return run_chain(call._replace(x=x, identity=identity), lambda c: conv_bn_act.compute(c, backend))
-
-    return _Plan(chain, strides)
+    return _Plan(whole or (lambda now: run_chain(now, lambda c: conv_bn_act.compute(c, backend))), strides)
 
 
-def _whole(name: str, call: BlockCall, backend: str) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-    """The block as a function of x and identity, where a backend computes it as one; None for the chain."""
+def _whole(name: str, call: BlockCall, backend: str) -> Callable[[BlockCall], Tensor] | None:
+    """Who computes calls like this one as one, where a backend does; None for the chain."""
     if call.x.numel() == 0:
         return None
     candidates: tuple[str, ...] = (backends.check_name(backend),)
@@ -204,7 +197,7 @@ def _whole(name: str, call: BlockCall, backend: str) -> Callable[[Tensor, Tensor
         if by == lookup.CHAIN:
             return None
         if by == backends.Backend.REFERENCE and layout in (None, *lookup.LAYOUTS):
-            return _eager_whole(call, layout)
+            return lambda now: _eager_whole(now, layout)
         server = None if found is None else backends.tuned(name, call, found)
         if server is not None:
             return _bind(server, call)
@@ -219,26 +212,17 @@ def _whole(name: str, call: BlockCall, backend: str) -> Callable[[Tensor, Tensor
     return None
 
 
-def _bind(server: Any, call: BlockCall) -> Callable[[Tensor, Tensor | None], Tensor]:
-    if hasattr(server, "bind"):
-        return server.bind(call)  # type: ignore[no-any-return]
-    bare = call._replace(x=_NOTHING, identity=None)  # what is kept of a plan holds no activations
-    return lambda x, identity: server.run(bare._replace(x=x, identity=identity))
+def _bind(server: Any, call: BlockCall) -> Callable[[BlockCall], Tensor]:
+    return server.bind(call) if hasattr(server, "bind") else server.run  # type: ignore[no-any-return]
 
 
-def _eager_whole(call: BlockCall, layout: str | None) -> Callable[[Tensor, Tensor | None], Tensor]:
+def _eager_whole(call: BlockCall, layout: str | None) -> Tensor:
     """The block by eager PyTorch, in the call's memory format or another."""
-    bare = call._replace(x=_NOTHING, identity=None)
+    if layout is not None:
+        from resnet_fused.tuning.layouts import turned
 
-    def run(x: Tensor, identity: Tensor | None) -> Tensor:
-        now = bare._replace(x=x, identity=identity)
-        if layout is not None:
-            from resnet_fused.tuning.layouts import turned
-
-            now = turned(now, layout)
-        return run_chain(now, reference.run)
-
-    return run
+        call = turned(call, layout)
+    return run_chain(call, reference.run)
 
 
 def one_kernel(name: str, call: BlockCall, backend: str) -> bool:

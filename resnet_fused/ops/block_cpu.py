@@ -1,7 +1,7 @@
 """Whole residual blocks on the CPU: a chain of fused convolutions over one sub-batch of images at a time.
 
-``bind(call)`` gives a function of x and identity that computes the call's block for inputs of these shapes, as long as
-its weights are not written to.
+``bind(call)`` gives a function that computes this call and others with the same weights, as long as nobody writes to
+these, and inputs of the same shapes. It holds what was packed from the weights, not the weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from resnet_fused.ops import onednn, winograd
 from resnet_fused.ops.block import BlockCall
 from resnet_fused.ops.convbn import ConvBN
 
-_Bound = Callable[[Tensor, Tensor | None], Tensor]
+_Bound = Callable[[BlockCall], Tensor]
 _Make = Callable[[ConvBN, Tensor, tuple[int, ...]], "onednn.Convolution | winograd.Convolution"]
 
 
@@ -62,9 +62,9 @@ def _bind(call: BlockCall, make: _Make) -> _Bound:
             return last.relu(hidden, projection.linear(x), out, into_residual=True)
         return last.relu(hidden, x if identity is None else identity, out)
 
-    def run(x: Tensor, identity: Tensor | None) -> Tensor:
+    def run(now: BlockCall) -> Tensor:
         """The intermediates of a sub-batch are freed and used again by the next; the last step writes the result."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        x, identity = now.x.contiguous(memory_format=torch.channels_last), now.identity
         if identity is not None:
             identity = identity.contiguous(memory_format=torch.channels_last)
         if size == n:

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import functools
+import weakref
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,14 +70,15 @@ def _refused(
 class Convolution:
     """One convolution with its batch norm, bound to its transformed filters; channels_last in and out.
 
-    It is right as long as the tensors of ``conv`` are not written to.
+    It is right as long as the tensors of ``conv`` are alive and not written to; it does not keep them.
 
     Args:
         isa: the instructions to use, "avx512" or "avx2"; "" for the widest.
     """
 
     def __init__(self, conv: ConvBN, isa: str = "") -> None:
-        self._conv, self._isa = conv, isa
+        self._tensors = [None if t is None else weakref.ref(t) for t in conv.tensors()]
+        self._geometry, self._channels, self._isa = conv[6:], conv.weight.shape[0], isa
         self._prepared: tuple[Tensor, Tensor] = packed.packed(_CACHE, conv, _prepare)
 
     def relu(
@@ -89,12 +92,14 @@ class Convolution:
         return self._run(x, residual, False, out)
 
     def _run(self, x: Tensor, residual: Tensor | None, relu: bool, out: Tensor | None) -> Tensor:
-        conv = self._conv
+        padding = self._geometry[2]
         if out is None:
-            size = conv.output_size(x.shape[2], x.shape[3])
-            out = torch.empty((x.shape[0], conv.weight.shape[0], *size), memory_format=torch.channels_last)
-        if not torch.ops.resnet_fused_cpu.winograd(x, *self._prepared, residual, conv.padding, relu, out, self._isa):
-            _direct(x, conv, residual, relu, out)
+            n, _, height, width = x.shape
+            size = (n, self._channels, height + 2 * padding[0] - 2, width + 2 * padding[1] - 2)
+            out = torch.empty(size, memory_format=torch.channels_last)
+        if not torch.ops.resnet_fused_cpu.winograd(x, *self._prepared, residual, padding, relu, out, self._isa):
+            fields: list[Any] = [None if ref is None else ref() for ref in self._tensors]
+            _direct(x, ConvBN._make([*fields, *self._geometry]), residual, relu, out)
         return out
 
 

@@ -229,7 +229,7 @@ def runner(op: str, call: Any, entry: Entry) -> Call:
     if isinstance(call, BlockCall):
         with lookup.trial(op, found):
             plan = block._plan(op, call, backends.AUTO)
-        return lambda: with_strides(plan.run(call.x, call.identity), plan.strides)
+        return lambda: with_strides(plan.run(call), plan.strides)
     compute = importlib.import_module(f"resnet_fused.ops.{op}.api").compute
 
     def run() -> Tensor:

@@ -5,7 +5,6 @@ It writes the running statistics, so its autograd rule is a kernel of its own. T
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -110,7 +109,7 @@ class _Empty:
 _empty: Any = _Empty
 
 
-def _choose(call: BatchNormCall | GradientCall, backend: str) -> ModuleType:
+def _choose(call: BatchNormCall | GradientCall, backend: str) -> Any:
     return backends.choose("batch_norm_act", call, backend, candidates(call.x))
 
 
