@@ -27,6 +27,7 @@ from resnet_fused.testing.statistics import calibrate
 from resnet_fused.testing.torchvision_compat import import_torchvision
 
 torchvision = import_torchvision()
+tv = torchvision.models.resnet
 
 
 def candidate(family, name):
@@ -209,18 +210,19 @@ def mask_rcnn(monkeypatch):
     monkeypatch.setattr(torchvision.ops.boxes, "nms", greedy_nms)
     torch.manual_seed(0)
     stance = torch.compiler.set_stance("force_eager")  # else torchvision compiles its substitute for roi_align
-    model = torchvision.models.detection.maskrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=96,
+    # The builder has frozen norms only with downloaded weights.
+    body = tv.resnet50(norm_layer=torchvision.ops.FrozenBatchNorm2d)
+    backbone = torchvision.models.detection.backbone_utils._resnet_fpn_extractor(body, 3)
+    model = torchvision.models.detection.MaskRCNN(
+        backbone, num_classes=4, min_size=64, max_size=96, box_score_thresh=0.0,
         rpn_post_nms_top_n_test=40, rpn_post_nms_top_n_train=40, rpn_pre_nms_top_n_train=100,
-        rpn_pre_nms_top_n_test=100, box_detections_per_img=10, box_batch_size_per_image=8, box_score_thresh=0.0,
-        norm_layer=torchvision.ops.FrozenBatchNorm2d,
+        rpn_pre_nms_top_n_test=100, box_detections_per_img=10, box_batch_size_per_image=8,
     ).eval()  # fmt: skip
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     calibrate(model.backbone.body, torch.stack(photographs(64)), perturb=True)
     with torch.no_grad():
         for weight in model.backbone.fpn.inner_blocks.parameters():
             weight.mul_(1e-3)  # else every proposal is the whole image
-    for part in (model.backbone.body.conv1, model.backbone.body.layer1):
-        part.requires_grad_(False)
     with stance:
         yield model
 
