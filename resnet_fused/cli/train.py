@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -110,7 +110,18 @@ def run(args: argparse.Namespace) -> int:
     if args.sync_batchnorm and device.type != "cuda":
         raise UserError("--sync-batchnorm: nn.SyncBatchNorm computes on GPUs alone")
     with connected(world, device), determinism(args.deterministic):
-        return train(args, recipe, world, device)
+        status = train(args, recipe, world, device)
+    if world.size > 1:
+        leave(status)
+    return status
+
+
+def leave(status: int) -> NoReturn:
+    """End a process of several at once: a thread of the process group that still holds a Python object aborts when the
+    interpreter is torn down under it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def make_recipe(args: argparse.Namespace, device: torch.device) -> Recipe:
