@@ -250,7 +250,7 @@ def test_a_fine_tuning_step_of_mask_rcnn_gives_eagers_gradients(mask_rcnn):
     masks = torch.zeros(2, 64, 96, dtype=torch.uint8)
     masks[0, 10:50, 5:40] = masks[1, 10:60, 30:90] = 1
 
-    def step(model, dtype=torch.float32):
+    def step(model, dtype):
         torch.manual_seed(1)  # of the boxes that are drawn for the losses
         model.train()
         targets = [{"boxes": boxes.to(dtype), "labels": torch.tensor([1, 2]), "masks": masks} for _ in images]
@@ -258,14 +258,13 @@ def test_a_fine_tuning_step_of_mask_rcnn_gives_eagers_gradients(mask_rcnn):
         sum(losses.values()).backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
-    fused = step(rf.fuse(mask_rcnn))
-    turned = step(copy.deepcopy(mask_rcnn).to(memory_format=torch.channels_last))
-    exact = step(copy.deepcopy(mask_rcnn).double(), torch.float64)
-    eager = step(mask_rcnn)
-    assert fused.keys() == eager.keys()
+    # In float64: the float32 gradients of a few numbers after a whole network are a matter of luck, eager's too.
+    eager = mask_rcnn.double()
+    fused, expected = step(rf.fuse(eager), torch.float64), step(eager, torch.float64)
+    assert fused.keys() == expected.keys()
     assert any("layer2.0.conv1" in name for name in fused) and not any("layer1" in name for name in fused)
-    for name, grad in eager.items():
-        assert_within_budget(fused[name], grad, exact[name], turned[name])
+    for name, grad in expected.items():
+        torch.testing.assert_close(fused[name], grad, rtol=1e-7, atol=1e-9 * float(grad.abs().max()))
 
 
 def test_deeplabv3_maps():
