@@ -60,8 +60,7 @@ def _bytes_per_image(x: Tensor, stem: nn.Conv2d, steps: Iterable[nn.Module]) -> 
         if isinstance(step, nn.MaxPool2d):
             before, pixels = pixels * channels, pixels // _area(step.stride)
             most = max(most, before + pixels * channels)
-        elif isinstance(step, FusedBlock):
-            convs = [m for m in step.modules() if isinstance(m, nn.Conv2d)]
+        elif isinstance(step, FusedBlock) and (convs := [m for m in step.modules() if isinstance(m, nn.Conv2d)]):
             before, pixels = pixels * channels, pixels // max(_area(conv.stride) for conv in convs)
             channels = max(conv.out_channels for conv in convs)
             most = max(most, before + pixels * (channels + min(conv.out_channels for conv in convs)))
