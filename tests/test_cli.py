@@ -95,20 +95,13 @@ instance = Plain()
 HERE = f"{__name__}:"
 SMALL = ("--size", "16", "--device", "cpu")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
 def one_name_for_this_file(monkeypatch):
     """MODEL names this very module object, whichever way pytest imported it."""
     monkeypatch.setitem(sys.modules, __name__, sys.modules[Tiny.__module__])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For tensors this small more threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -27,14 +27,7 @@ CPU = torch.device("cpu")
 DIGITS = digits.Config(epochs=1, size=8, batch=512, repeats=2)
 PHOTOS = photos.Config(models=("resnet20",), size=32, rows=1, columns=2, repeats=2)
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For tensors this small more threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -44,19 +44,13 @@ def headless() -> nn.Module:
 
 MODEL = f"{__name__}:tiny"
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
 def one_name_for_this_file(monkeypatch):
     """MODEL names this very module object, whichever way pytest imported it."""
     monkeypatch.setitem(sys.modules, __name__, sys.modules[tiny.__module__])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

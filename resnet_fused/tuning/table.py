@@ -8,11 +8,12 @@ import logging
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from resnet_fused import files
 
 FORMAT = "resnet_fused tuning table"
 VERSION = 1
@@ -109,18 +110,7 @@ def merge(path: Path, environment: Mapping[str, str], entries: Mapping[str, Entr
             "environment": dict(sorted(environment.items())),
             "entries": {key: _plain(merged[key]) for key in sorted(merged)},
         }
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(value, file, indent=1, allow_nan=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        files.replace(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _plain(entry: Entry) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from resnet_fused import files
 
 ENVIRONMENT = (
     *("device", "cpu", "driver", "clocks", "cuda", "cudnn", "python", "torch", "triton", "onednn", "threads", "tf32"),
@@ -88,18 +88,7 @@ def append(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     elif not old.endswith(b"\n"):
         text.write("\n")
     writer.writerows([_text(row[key]) for key in COLUMNS] for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(old + text.getvalue().encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    files.replace(path, old + text.getvalue().encode())
 
 
 def _text(value: object) -> str:
