@@ -66,6 +66,9 @@ def test_timm(name):
 
 
 OTHERS = {
+    ("torchvision detection (backbones with FPN)", "torchvision:retinanet_resnet50_fpn, frozen norms"): (
+        16, 1, set(), set(),
+    ),
     ("torchvision RegNet", "torchvision:regnet_y_400mf"): (16, 0, {"f.se stays eager"}, set()),
     ("transformers ResNet", "ResNet-18"): (8, 1, set(), set()),
     ("transformers ResNet", "ResNet-50 v1"): (16, 1, set(), set()),
@@ -172,6 +175,15 @@ def test_the_command_prints_the_table(capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["ok"]
     assert main(["families", "no such"]) != 0
     assert "there are: " in capsys.readouterr().err
+
+
+def test_calibrated_models_are_tame_on_other_images():
+    """A norm after a global pooling sees hardly any difference between two images: its inverse would be a great gain."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(16)).eval()
+    calibrate(model, 10 * torch.randn(2, 3, 48, 48), perturb=True)
+    with torch.no_grad():
+        assert model(10 * torch.randn(8, 3, 48, 48)).abs().max() < 10
 
 
 def test_the_survey_sees_a_wrong_answer(monkeypatch):

@@ -7,13 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+FEW = 16  # values of a channel, below which their variance says little
+
 
 @torch.no_grad()
 def calibrate(model: nn.Module, x: Tensor, *, perturb: bool = False, seed: int = 0) -> None:
     """Give every batch norm the statistics of what it receives, in one forward pass in eval mode, in place.
 
     A module counts as batch norm when it has ``running_mean`` and ``running_var`` tensors, so frozen batch norms count.
-    Each is set just before its own first run, hence every norm sees what its calibrated predecessors give.
+    Each is set just before its own first run, hence every norm sees what its calibrated predecessors give. A norm of
+    few values per channel (of a globally pooled map) gets the statistics of all its channels together: what differs
+    between two images of a batch is little, and its inverse would blow up other images, and their rounding, without
+    bound.
 
     Args:
         model: in eval mode.
@@ -34,6 +39,8 @@ def calibrate(model: nn.Module, x: Tensor, *, perturb: bool = False, seed: int =
         done.add(id(norm))
         y = inputs[0].float() if inputs[0].dtype in (torch.float16, torch.bfloat16) else inputs[0]
         var, mean = torch.var_mean(y, dim=[d for d in range(y.dim()) if d != 1], correction=0)
+        if y.numel() < FEW * y.shape[1]:
+            var, mean = (value.expand_as(mean) for value in torch.var_mean(y, correction=0))
         var = torch.where(var > 0, var, 1.0)  # a single pixel, or a dead channel
         if perturb:
             mean = mean + var.sqrt() * draw(mean, -0.3, 0.3)
