@@ -178,7 +178,7 @@ def test_the_command_prints_the_table(capsys, monkeypatch):
 
 
 def test_calibrated_models_are_tame_on_other_images():
-    """A norm after a global pooling sees hardly any difference between two images: its inverse would be a great gain."""
+    """A norm after a global pooling sees hardly any difference between two images: its inverse is a great gain."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(16)).eval()
     calibrate(model, 10 * torch.randn(2, 3, 48, 48), perturb=True)

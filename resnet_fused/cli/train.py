@@ -25,12 +25,12 @@ from resnet_fused.cli.common import UserError, add_json_option, console, pick_de
 from resnet_fused.testing import models
 from resnet_fused.testing.eager import eager_copy
 from resnet_fused.training import Data, DataError, Recipe, Trainer, World, checkpoint, digits, image_folder, transfer
+from resnet_fused.training.data import DIGITS
 from resnet_fused.training.final import Final, compare
 from resnet_fused.training.loop import AMP, logits_of
 from resnet_fused.training.switches import determinism
 from resnet_fused.training.world import connected, launched
 
-DIGITS = "digits"
 WEIGHTS = "model.safetensors"
 KEPT = 2  # checkpoints: should the newest be damaged on the disk, there is the one before
 
@@ -174,7 +174,8 @@ def train(args: argparse.Namespace, recipe: Recipe, world: World, device: torch.
     learn(trainer, args, out)
     model.load_state_dict(network.state_dict())
     if world.first:
-        facts = json.dumps({"model": args.model, "size": size, "classes": data.classes})
+        kind = DIGITS if args.data == DIGITS else "images"
+        facts = json.dumps({"model": args.model, "size": size, "classes": data.classes, "data": kind})
         checkpoint.write(args.out / WEIGHTS, checkpoint.packed(model.state_dict()), {"resnet_fused": facts})
     final = compare(trainer, model.to(device).eval())
     if world.first:

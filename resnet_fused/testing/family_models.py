@@ -82,7 +82,7 @@ def _torchvision_detection() -> list[Candidate]:
     def frozen(name: str) -> nn.Module:
         model = load(f"torchvision:{name}")
         norm = importlib.import_module("torchvision.ops").FrozenBatchNorm2d
-        for parent in list(model.backbone.body.modules()):  # type: ignore[union-attr, operator]
+        for parent in list(model.backbone.body.modules()):  # type: ignore[union-attr]
             for own, child in parent.named_children():
                 if isinstance(child, nn.BatchNorm2d):
                     setattr(parent, own, norm(child.num_features, eps=0.0))  # their weights were trained with this eps

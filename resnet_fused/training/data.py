@@ -21,6 +21,8 @@ from resnet_fused.training.errors import DataError
 # What ImageNet models are fed: means and deviations of red, green and blue.
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
+DIGITS = "digits"  # the name of the data set that needs no files
+SMALL = 64  # pixels up to which an image is too small to be cut to a part of it
 
 Transform = Callable[[Any], Tensor]
 
@@ -177,10 +179,9 @@ def image_folder(
     digest = hashlib.sha256()
     for path, label in (*train, ("", -1), *val):
         digest.update(f"{path[len(str(folder)) :]}\0{label}\n".encode(errors="surrogateescape"))
-    train_transform, val_transform = _transforms(size, channels, augment)
-    return Data(
-        ImageFiles(train, train_transform), ImageFiles(val, val_transform), tuple(classes), digest.hexdigest()
-    )  # fmt: skip
+    testing = evaluation_transform(size, channels)
+    training = _train_transform(size, channels) if augment else testing
+    return Data(ImageFiles(train, training), ImageFiles(val, testing), tuple(classes), digest.hexdigest())
 
 
 def _samples(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
@@ -224,18 +225,28 @@ def _split(
     return train, val
 
 
-def _transforms(size: int, channels: int, augment: bool) -> tuple[Transform, Transform]:
+def evaluation_transform(size: int, channels: int = 3) -> Transform:
+    """What makes ``[channels, size, size]`` of a PIL image for testing: scaled, cut at the centre, normalised."""
+    from torchvision.transforms import v2
+
+    return v2.Compose(  # type: ignore[no-any-return]
+        [v2.Resize(size if size <= SMALL else round(size * 256 / 224)), v2.CenterCrop(size), *_last(channels)]
+    )
+
+
+def _last(channels: int) -> list[Transform]:
     from torchvision.transforms import v2
 
     mean, deviation = (MEAN, DEVIATION) if channels == 3 else ((sum(MEAN) / 3,), (sum(DEVIATION) / 3,))
     grey = [v2.Grayscale()] if channels == 1 else []
-    last = [*grey, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, deviation)]
-    small = size <= 64
-    test = v2.Compose([v2.Resize(size if small else round(size * 256 / 224)), v2.CenterCrop(size), *last])
-    if not augment:
-        return test, test
-    if small:
+    return [*grey, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, deviation)]
+
+
+def _train_transform(size: int, channels: int) -> Transform:
+    from torchvision.transforms import v2
+
+    if size <= SMALL:
         cut = [v2.Resize(size), v2.CenterCrop(size), v2.RandomCrop(size, padding=size // 8)]
     else:
         cut = [v2.RandomResizedCrop(size)]
-    return v2.Compose([*cut, v2.RandomHorizontalFlip(), *last]), test
+    return v2.Compose([*cut, v2.RandomHorizontalFlip(), *_last(channels)])  # type: ignore[no-any-return]

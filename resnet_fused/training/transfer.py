@@ -24,18 +24,27 @@ def fit_head(model: nn.Module, classes: int) -> str:
     Raises:
         TrainingError: the model has no linear layer.
     """
-    linear: list[tuple[str, nn.Linear]] = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    ]
-    if not linear or not linear[-1][0]:
-        raise TrainingError(f"{type(model).__name__} has no linear layer that could be its classifier")
-    name, head = linear[-1]
+    name = head_of(model)
+    head = model.get_submodule(name)
+    assert isinstance(head, nn.Linear)
     if head.out_features != classes:
         parent, _, own = name.rpartition(".")
         weight = head.weight
         new = nn.Linear(head.in_features, classes, head.bias is not None, weight.device, weight.dtype)
         setattr(model.get_submodule(parent), own, new)
     return name
+
+
+def head_of(model: nn.Module) -> str:
+    """The name of the last linear layer of ``model``.
+
+    Raises:
+        TrainingError: it has none.
+    """
+    names: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not names or not names[-1]:
+        raise TrainingError(f"{type(model).__name__} has no linear layer that could be its classifier")
+    return names[-1]
 
 
 def load_weights(model: nn.Module, path: Path, head: str) -> bool:
