@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from resnet_fused import backends, functional
 from resnet_fused.ops import onednn, packed
 from resnet_fused.ops.conv_bn_act import api, reference
 from resnet_fused.ops.convbn import ConvBNActCall
+from resnet_fused.ops.tensor_cache import TensorCache
 from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.cases import CONV_CASES, ConvCase, double, in_format
 
@@ -374,6 +377,41 @@ class TestPackedWeights:
         for t in threads:
             t.join()
         assert not wrong
+
+
+def test_a_cache_is_emptied_while_others_fill_it() -> None:
+    """Without a lock one thread goes through the entries that another adds to."""
+    cache: TensorCache[int] = TensorCache()
+    tensors = [torch.empty(1) for _ in range(3000)]
+    failed: list[BaseException] = []
+
+    def attempt(work: Callable[[], object]) -> None:
+        try:
+            for _ in range(8):
+                work()
+        except BaseException as error:
+            failed.append(error)
+
+    def fill() -> None:
+        for t in tensors:
+            cache.get((t,), None, lambda: 1)
+        cache.clear()
+
+    def drop() -> None:
+        for t in tensors[:40]:
+            cache.drop((t,))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=attempt, args=(work,)) for work in (fill, fill, drop, drop)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed, failed
 
 
 def test_autocast_casts_as_eager_does(device: str) -> None:

@@ -169,6 +169,20 @@ def test_architectures(given: str, want: list[str]) -> None:
     assert build_ext.gencode(given) == want
 
 
+def test_no_gpu_is_asked_for_when_building(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that builds has none, as a rule; what is compiled must not depend on it."""
+
+    def asked(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the build asked for a GPU")
+
+    for name in ("is_available", "device_count", "get_device_capability", "get_arch_list", "init", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    names = build_ext.gencode(build_ext.architecture_list())
+    assert {"80", "90"} <= {name.partition("sm_")[2] for name in names}
+    assert any("code=compute_" in name for name in names)  # for GPUs to come
+
+
 @pytest.mark.parametrize("given", ["Hopper", "7.0", "8"])
 def test_bad_architectures_are_named(given: str) -> None:
     with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: got"):

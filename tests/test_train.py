@@ -38,6 +38,16 @@ def tiny() -> nn.Module:
     return model
 
 
+class Planted:
+    """Unpickled it makes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open, (self.path, "w")
+
+
 def headless() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
 
@@ -342,6 +352,8 @@ def test_weights_that_do_not_serve_are_named(folder, tmp_path, capsys):
     refused({"epoch": 3}, "holds no state_dict")
     refused(b"garbage", "is corrupt, or no file of weights")
     refused(b"garbage", "is corrupt or truncated", "w.safetensors")
+    refused({"state_dict": state, "and": Planted(str(tmp_path / "ran"))}, "no file of weights alone")
+    assert not (tmp_path / "ran").exists()  # a pickle runs what it likes
     assert train(folder, tmp_path / "out", "--init", tmp_path / "absent.pth") == 2
     assert f"{tmp_path / 'absent.pth'}: No such file" in capsys.readouterr().err
 

@@ -156,6 +156,19 @@ def test_data_parallel_and_replicas():
     assert not list(replicas[0].parameters())
 
 
+def test_replicas_share_nothing_that_was_packed():
+    eager, fused = eager_model(), fused_model()
+    first, second = _replicate(fused), _replicate(fused)
+    with torch.no_grad():
+        for model in (second, eager):
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.weight.mul_(2)
+        fused(image()), first(image())
+        result = compare(second, eager, image())
+    assert result.ok, result
+
+
 def _replicate(model):
     """What DataParallel makes on each device: modules whose parameters are plain attributes."""
     replicas = {m: m._replicate_for_data_parallel() for m in model.modules()}
