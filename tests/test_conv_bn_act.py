@@ -218,11 +218,19 @@ def test_nan_passes_in_sub_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 16, 8, 8), (0, 16, 1, 1)])
-def test_empty_batch(shape: tuple[int, ...], device: str) -> None:
+def test_empty_batch(shape: tuple[int, ...], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launched(call: ConvBNActCall) -> Tensor:
+        raise AssertionError("a kernel was given nothing to do")
+
+    for name in backends.NAMES:
+        module = backends.implementation("conv_bn_act", name)
+        if module is not None and name != "reference":
+            monkeypatch.setattr(module, "run", launched)
     call = ConvCase(1, 16, 8, 8, 24, kernel=3, stride=2, padding=1).make(torch.float32, device)
     x = torch.empty(shape, device=device, requires_grad=True)
     out = api.call_op(x, call.conv, None, "relu", "auto")
     assert out.shape == (0, 24, (shape[2] + 1) // 2, (shape[3] + 1) // 2)
+    assert out.stride() == reference.run(call._replace(x=x, residual=None)).stride()
     out.sum().backward()
     assert x.grad is not None and x.grad.shape == shape
 
@@ -282,7 +290,7 @@ def test_float64_goes_to_the_reference() -> None:
 
 
 def test_low_precision_folds_in_float32() -> None:
-    """A scale that bfloat16 cannot hold well: folding in bfloat16 would miss the budget by far."""
+    """A scale that bfloat16 cannot hold: the weight is rounded once, after it."""
     call = ConvCase(1, 64, 6, 6, 32).make(torch.bfloat16)
     wide = [t.float() for t in call.conv[2:6] if t is not None]
     conv = call.conv._replace(
@@ -290,6 +298,13 @@ def test_low_precision_folds_in_float32() -> None:
     )
     call = call._replace(conv=conv)
     assert_within_budget(api.compute(call, "auto"), reference.run(call), reference.run(double(call)))
+    weight, bias = packed.fold(conv)
+    scale, exact_bias = packed.affine(double(call).conv, torch.float64)
+    exact = conv.weight.double() * scale.view(-1, 1, 1, 1)
+    half = torch.finfo(torch.bfloat16).eps / 2
+    assert weight.dtype == torch.bfloat16 and bias.dtype == torch.float32
+    assert ((weight.double() - exact).abs() <= 1.001 * half * exact.abs()).all()
+    torch.testing.assert_close(bias.double(), exact_bias, rtol=1e-5, atol=1e-5)
 
 
 class TestPackedWeights:
