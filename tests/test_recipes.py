@@ -26,7 +26,7 @@ import resnet_fused as rf
 from resnet_fused.cli import main as command
 from resnet_fused.recipes import classifier as recipe
 from resnet_fused.testing.budget import assert_within_budget
-from resnet_fused.testing.models import ModelError
+from resnet_fused.testing.models import ModelError, load
 from resnet_fused.testing.statistics import calibrate
 from resnet_fused.testing.torchvision_compat import import_torchvision
 from resnet_fused.training import CheckpointError, DataError, image_folder
@@ -214,14 +214,24 @@ def test_an_empty_folder_is_named(engine, weights, tmp_path):
         ray_data.classify(str(tmp_path), recipe.load(MODEL, weights))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50d"])
-def test_timms_own_transform_is_taken(name, tmp_path):
-    model = timm.create_model(name)
-    expected = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+def timms_transform(model):
+    return timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "transform"),
+    [
+        ("timm:resnet18", timms_transform),
+        ("timm:resnet50d", timms_transform),
+        ("torchvision:resnet50", lambda model: torchvision.models.ResNet50_Weights.IMAGENET1K_V2.transforms()),
+    ],
+)
+def test_the_transform_is_that_of_the_models_weights(name, transform, tmp_path):
+    model = load(name)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    found = recipe.load(f"timm:{name}", str(tmp_path / "weights.pth"))
+    found = recipe.load(name, str(tmp_path / "weights.pth"))
     image = Image.open(io.BytesIO(photo(3)))
-    assert torch.equal(found.decode.transform(image), expected(image))
+    assert torch.equal(found.decode.transform(image), transform(model)(image))
 
 
 def test_concurrent_requests_are_answered_as_eager_does(engine, weights):
