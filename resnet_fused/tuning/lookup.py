@@ -37,6 +37,7 @@ _tables: dict[tuple[torch.device, int], dict[str, Entry]] = {}
 _found: dict[tuple[Any, ...], Found | None] = {}
 _trial: tuple[str, Found] | None = None
 _recorder: Recorder | None = None
+_read_on = False  # whether tables are read while calls are recorded
 
 
 class Configured(NamedTuple):
@@ -57,7 +58,8 @@ def find(op: str, call: Any) -> Found | None:
         return _trial[1]
     if _recorder is not None:
         _recorder(op, call)
-        return None
+        if not _read_on:
+            return None
     device, decided = call[0].device, _found
     known = _table(device)
     if not known:
@@ -209,13 +211,14 @@ def trial(op: str, found: Found) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
-    """``recorder`` is told each call that a table could decide, with the op's name; tables are not read meanwhile."""
-    global _recorder
+def recording(recorder: Recorder, *, read: bool = False) -> Iterator[None]:
+    """``recorder`` is told each call that a table could decide, with the op's name. Tables are not read meanwhile
+    unless ``read``: the calls are then those that are made once what the tables say is followed."""
+    global _recorder, _read_on
     forget()
-    before, _recorder = _recorder, recorder
+    before, _recorder, _read_on = (_recorder, _read_on), recorder, read
     try:
         yield
     finally:
-        _recorder = before
+        _recorder, _read_on = before
         forget()

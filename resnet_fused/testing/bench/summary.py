@@ -70,7 +70,23 @@ def _long(rows: Rows, contenders: Sequence[str], cache: str) -> Table:
             figures = [f"{value:.3f}" for value in (p20, p50, p80)] + [f"{1e3 * int(row['batch']) / p50:.1f}"]
             shown = [f"{float(row[key]):.{digits}f}" for key, digits in (("roofline_pct", 1), ("gate", 2))]
             drawn.add_row("" if i else case, label, *figures, _ratio(ratio), *shown)
+    drawn.add_section()
+    for dtype, means in _means(ratios, [name for name in contenders if name not in EAGER], cache).items():
+        for i, (name, mean) in enumerate(means.items()):
+            drawn.add_row("" if i else f"geometric mean, {dtype}", name, *[""] * 4, _ratio(mean), "", "")
     return drawn
+
+
+def _means(ratios: Mapping[Any, Mapping[str, float]], names: Sequence[str], cache: str) -> dict[str, dict[str, float]]:
+    """By dtype, then by contender."""
+    here = {key: value for key, value in ratios.items() if key[3] == cache}
+    return {
+        dtype: {
+            name: geometric_mean(value[name] for key, value in here.items() if key[2] == dtype and name in value)
+            for name in names
+        }
+        for dtype in dict.fromkeys(key[2] for key in here)
+    }
 
 
 def _wide(rows: Rows, contenders: Sequence[str], cache: str) -> Table:
@@ -99,12 +115,8 @@ def _wide(rows: Rows, contenders: Sequence[str], cache: str) -> Table:
         cells += [_ratio(ratios.get(key, {}).get(name)) for name in ours]
         drawn.add_row(key[1], *cells)
     drawn.add_section()
-    for dtype in dict.fromkeys(key[2] for key in ratios):
-        means = [
-            geometric_mean(value[name] for key, value in ratios.items() if key[2] == dtype and name in value)
-            for name in ours
-        ]
-        drawn.add_row(f"geometric mean, {dtype}", *[""] * len(contenders), *map(_ratio, means))
+    for dtype, means in _means(ratios, ours, cache).items():
+        drawn.add_row(f"geometric mean, {dtype}", *[""] * len(contenders), *map(_ratio, means.values()))
     return drawn
 
 
