@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         for c in slower:
             out.print(f"SLOWER than {c.slower}: {c.key}", style="bold red", markup=False)
         out.print(
-            f"{len(comparisons) - len(slower)} of {len(comparisons)} calls are no slower than eager in either format"
+            f"no slower than eager in either format: {len(comparisons) - len(slower)} of {len(comparisons)} calls"
         )
     return 1 if slower else 0
 
