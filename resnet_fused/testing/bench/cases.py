@@ -15,6 +15,7 @@ import resnet_fused
 from resnet_fused import roofline
 from resnet_fused.ops.convbn import short_dtype
 from resnet_fused.testing import models
+from resnet_fused.testing.compare import ComparisonError
 from resnet_fused.testing.eager import eager_copy, original
 from resnet_fused.testing.statistics import calibrate
 
@@ -52,7 +53,11 @@ class Case:
         return f"{self.name}-{short_dtype(self.dtype)}-N{n}-C{c}x{h}x{w}"
 
     def make(self, device: torch.device, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
-        """Module and inputs: random weights, batch norms that are not trivial, all from the seed."""
+        """Module and inputs: random weights, batch norms that are not trivial, all from the seed.
+
+        Raises:
+            ComparisonError: the module does not run on them.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = self.build().eval()
@@ -60,7 +65,11 @@ class Case:
             # Statistics of a few pixels would blow up on others: the smaller the image, the more of them.
             images = min(64, max(2, 2**14 // (self.shapes[0][2] * self.shapes[0][3])))
             first, *others = (torch.randn(images, *shape[1:]) for shape in self.shapes)
-            calibrate(_Bound(module, others), first, perturb=True, seed=seed)
+            try:
+                calibrate(_Bound(module, others), first, perturb=True, seed=seed)
+            except Exception as error:  # whatever a user's model raises is told in one line
+                text = f"{self.model} does not run on an input {self.shapes[0]}: {type(error).__name__}: {error}"
+                raise ComparisonError(text) from error
         return module.to(device, self.dtype), tuple(x.to(device, self.dtype) for x in inputs)
 
     def call(self, run: Callable[..., Any], inputs: tuple[Tensor, ...], module: nn.Module | None = None) -> Call:

@@ -22,7 +22,7 @@ from resnet_fused.testing.bench.contenders import Absent, Factory, is_ours, laid
 from resnet_fused.testing.bench.machine import Machine
 from resnet_fused.testing.bench.training_cases import Step
 from resnet_fused.testing.budget import measure
-from resnet_fused.testing.compare import flatten
+from resnet_fused.testing.compare import ComparisonError, flatten
 from resnet_fused.testing.timing import interleaved
 
 GRAPH = " + graph"
@@ -184,6 +184,9 @@ def enter(
 
     They are made outside of inference mode, as users make models: parameters born in it count no writes, so nothing
     derived from them may be kept.
+
+    Raises:
+        ComparisonError: eager itself fails.
     """
     told("gate")
     gate = _Gate(case, module, inputs, plan.gate_images)
@@ -227,12 +230,12 @@ class _Gate:
         exact = copy.deepcopy(module).double()
         with torch.no_grad():  # a step cannot take what inference mode makes
             few = inputs if self.some is None else tuple(x[self.some] for x in inputs)
-            self.reference = _outputs(case.call(exact, tuple(x.double() for x in few), exact))
+            self.reference = _of_eager(case.call(exact, tuple(x.double() for x in few), exact), " in float64")
             eager = []
             for layout in layouts:
                 model = laid_out(module, layout)
                 for given in (inputs, *([] if case.training else _paired(inputs))):
-                    eager.append(_outputs(case.call(model, laid_out(given, layout), model)))
+                    eager.append(_of_eager(case.call(model, laid_out(given, layout), model)))
         self.whole = [torch.empty_like(y, device="meta") for y in eager[0]]
         self.device = eager[0][0].device
         self.eager, *self.others = [self._chosen(outputs) for outputs in eager]
@@ -264,6 +267,15 @@ class _Gate:
             return Entrant("ok", call, error.ratio)
         text = f"error {error.error:.3g}, eager's {error.eager_error:.3g}: {error.ratio:.3g} of the budget"
         return Entrant("red", gate=error.ratio, note=text)
+
+
+def _of_eager(call: Call, how: str = "") -> list[Tensor]:
+    try:
+        return _outputs(call)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as raised:  # a user's model may raise anything
+        raise ComparisonError(f"eager raised {type(raised).__name__}{how}: {raised}") from raised
 
 
 def _outputs(call: Call) -> list[Tensor]:

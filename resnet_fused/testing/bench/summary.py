@@ -52,10 +52,11 @@ def _long(rows: Rows, contenders: Sequence[str], cache: str) -> Table:
     drawn = Table(title=f"cache {cache}", title_justify="left")
     drawn.add_column("case", no_wrap=True)
     drawn.add_column("contender")
-    for heading in ("p20 ms", "p50 ms", "p80 ms", "images/s", "× eager", "% roofline", "error / budget"):
+    here = [row for row in rows if row["cache"] == cache and row["status"] != "absent"]
+    figures = ("p20 ms", "p50 ms", "p80 ms", "images/s", "× eager", "% roofline", "error / budget")
+    for heading in (*figures, *["MiB"] * any(row["peak_bytes"] for row in here)):
         drawn.add_column(heading, justify="right")
     ratios = speedups(rows)
-    here = [row for row in rows if row["cache"] == cache and row["status"] != "absent"]
     for case in dict.fromkeys(row["case"] for row in here):
         drawn.add_section()
         by_name = {row["contender"]: row for row in here if row["case"] == case}
@@ -63,17 +64,19 @@ def _long(rows: Rows, contenders: Sequence[str], cache: str) -> Table:
             row = by_name[name]
             label = Text(name, style="bold" if is_ours(name) else "")
             if row["status"] == "red":
-                drawn.add_row("" if i else case, label, "", Text("RED", style="bold red"), *[""] * 4, row["gate"])
+                gate = f"{float(row['gate']):.3g}" if row["gate"] else ""
+                drawn.add_row("" if i else case, label, "", Text("RED", style="bold red"), *[""] * 3, gate)
                 continue
             p20, p50, p80 = (float(row[f"{p}_ms"] or "nan") for p in ("p20", "p50", "p80"))
             ratio = ratios.get((row["suite"], case, row["dtype"], cache), {}).get(name)
-            figures = [f"{value:.3f}" for value in (p20, p50, p80)] + [f"{1e3 * int(row['batch']) / p50:.1f}"]
+            cells = [f"{value:.3f}" for value in (p20, p50, p80)] + [f"{1e3 * int(row['batch']) / p50:.1f}"]
             shown = [f"{float(row[key]):.{digits}f}" for key, digits in (("roofline_pct", 1), ("gate", 2))]
-            drawn.add_row("" if i else case, label, *figures, _ratio(ratio), *shown)
+            shown += [f"{float(row['peak_bytes']) / 2**20:.2f}"] * bool(row["peak_bytes"])
+            drawn.add_row("" if i else case, label, *cells, _ratio(ratio), *shown)
     drawn.add_section()
     for dtype, means in _means(ratios, [name for name in contenders if name not in EAGER], cache).items():
         for i, (name, mean) in enumerate(means.items()):
-            drawn.add_row("" if i else f"geometric mean, {dtype}", name, *[""] * 4, _ratio(mean), "", "")
+            drawn.add_row("" if i else f"geometric mean, {dtype}", Text(name), *[""] * 4, _ratio(mean), "", "")
     return drawn
 
 
