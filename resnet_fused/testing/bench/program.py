@@ -96,7 +96,7 @@ def execute(options: Options, out: Console, machine: Machine | None = None) -> R
             added += len(outcome.rows)
             progress.update(task, advance=1, description=outcome.case.id)
             _tell(outcome, out)
-    return _report(wanted, machine, facts, path, added, out)
+    return _report(wanted, {*present, *(name + measure.GRAPH for name in present)}, machine, facts, path, added, out)
 
 
 def _tell(outcome: measure.Outcome, out: Console) -> None:
@@ -110,12 +110,12 @@ def _tell(outcome: measure.Outcome, out: Console) -> None:
 
 
 def _report(
-    wanted: Sequence[Case], machine: Machine, facts: dict[str, str], path: Path, added: int, out: Console
+    wanted: Sequence[Case], who: set[str], machine: Machine, facts: dict[str, str], path: Path, added: int, out: Console
 ) -> Result:
     ids = {(case.suite, case.id) for case in wanted}
     known, problems = store.read(path)
     here = [row for row in known if all(row[key] == facts[key] for key in store.ENVIRONMENT)]
-    chosen = [row for row in store.latest(here) if (row["suite"], row["case"]) in ids]
+    chosen = [row for row in store.latest(here) if (row["suite"], row["case"]) in ids and row["contender"] in who]
     for suite in dict.fromkeys(case.suite for case in wanted):
         rows = [row for row in chosen if row["suite"] == suite]
         names = list(dict.fromkeys(row["contender"] for row in rows if row["status"] != "absent"))

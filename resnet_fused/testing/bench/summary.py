@@ -71,7 +71,7 @@ def _long(rows: Rows, contenders: Sequence[str], cache: str) -> Table:
             ratio = ratios.get((row["suite"], case, row["dtype"], cache), {}).get(name)
             cells = [f"{value:.3f}" for value in (p20, p50, p80)] + [f"{1e3 * int(row['batch']) / p50:.1f}"]
             shown = [f"{float(row[key]):.{digits}f}" for key, digits in (("roofline_pct", 1), ("gate", 2))]
-            shown += [f"{float(row['peak_bytes']) / 2**20:.2f}"] * bool(row["peak_bytes"])
+            shown += [f"{float(row['peak_bytes']) / 2**20:.2f}"] if row["peak_bytes"] else []
             drawn.add_row("" if i else case, label, *cells, _ratio(ratio), *shown)
     drawn.add_section()
     for dtype, means in _means(ratios, [name for name in contenders if name not in EAGER], cache).items():
