@@ -180,8 +180,8 @@ def _roofline(rows: list[Row], title: str, styles: Styles):
             low, high = min(ridge, *(x for x, _ in reached)) / 1.5, max(ridge, *(x for x, _ in reached)) * 1.5
             axes.plot([low, ridge, high], [low * bandwidth / 1e9, rate / 1e9, rate / 1e9], color=theme.ink,
                       linewidth=1.4, zorder=2)  # fmt: skip
-            axes.annotate(f"matrix product {rate / 1e9:.4g} GFLOP/s", (high, rate / 1e9), (-4, 5), fontsize=8,
-                          textcoords="offset points", ha="right", color=theme.ink)  # fmt: skip
+            axes.annotate(f"matrix product {rate / 1e9:.4g} GFLOP/s", (ridge, rate / 1e9), (4, 5), fontsize=8,
+                          textcoords="offset points", ha="left", color=theme.ink)  # fmt: skip
             axes.annotate(f"copy {bandwidth / 1e9:.4g} GB/s", (low, low * bandwidth / 1e9), (14, 0), fontsize=8,
                           textcoords="offset points", va="top", ha="left", color=theme.ink)  # fmt: skip
         axes.set_xscale("log")

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib
 import importlib.util
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +99,24 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     assert not any(
         o.resumed for o in measure.run(wanted, who, Machine(CPU), RATES, FACTS, path, plan=QUICK, fresh=True)
     )
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
+    command = [sys.executable, "-m", "resnet_fused.cli", "bench", "--suite", "kernels", "--model", "resnet18"]
+    command += ["--size", "32", "--batch", "1", "--device", "cpu", "--contender", "eager", "fused", "--repeats", "3"]
+    command += ["--case", "conv_bn_act-K64", "--results", str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    told = next(line for line in first.stdout if line.startswith("kernels: "))
+    first.kill()
+    first.communicate()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("kernels: ")]
+    assert told.split(":")[1] == lines[0].split(":")[1] and lines[0].endswith("in the file already")
+    assert lines[-1].endswith("rows")
+    (path,) = tmp_path.glob("*.csv")
+    rows, problems = store.read(path)
+    assert not problems and len({store.identity(row, row) for row in rows}) == len(rows) == 3 * len(lines)
 
 
 def test_wrong_numbers_have_no_time(case):
@@ -385,6 +408,31 @@ def test_a_file_of_before_is_read_and_widened(tmp_path):
     rows, problems = store.read(path)
     assert [(row["date"], row["tuning"]) for row in rows] == [("then", ""), ("", "4 entries")]
     assert [problem.split(":")[1] for problem in problems] == ["3"]
+
+
+def test_the_environment_of_a_cuda_device(monkeypatch):
+    """As nvidia-smi and PyTorch tell it where there is one."""
+    given = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit",
+        "--format=csv,noheader",
+    ]
+    asked = []
+
+    def answer(*command):
+        asked.append(command)
+        return "580.1, 1980 MHz, 2619 MHz, 700.00 W" if command[0] == "nvidia-smi" else ""
+
+    monkeypatch.setattr(environment, "_run", answer)
+    monkeypatch.setattr(environment.lookup, "summary", lambda device: "3 entries")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    facts = environment.describe(torch.device("cuda", 1))
+    assert [*given, "-i", "1"] == list(asked[0])
+    wanted = {"device": "A GPU", "driver": "580.1", "clocks": "1980 MHz / 2619 MHz / 700.00 W", "cuda": "13.0"}
+    assert {key: facts[key] for key in wanted} == wanted
+    assert facts["commit"].startswith("v") and facts["tf32"] in ("True", "False") and facts["tuning"] == "3 entries"
+    assert store.path_for(Path("x"), facts).name == f"A-GPU-{torch.__version__}-13.0.csv"
 
 
 def test_broken_rows_are_told_with_their_line(tmp_path):
