@@ -232,7 +232,7 @@ def test_a_wrong_training_step_is_red(wrong):
             if wrong == "gradient":
                 return y + 1e-2 * (x - x.detach())
             if wrong == "statistics":
-                module.running_var.mul_(1.01)
+                module.running_var.data.mul_(1.01)  # autograd keeps it, and must not notice
             return y + 1e-2 if wrong == "output" else y
 
         return case.call(run, inputs, module)
