@@ -19,8 +19,6 @@ from resnet_fused.roofline.bound import H200, Device
 from resnet_fused.roofline.levels import count
 
 _SIZE = 2  # bytes of an element: the kernels compute bfloat16 and float16
-_WARPS_M, _WARPS_N = 4, 2
-_DEPTH = 64  # channels of a step
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,6 @@ def account(kernel: Mapping[str, Any], n: int, h: int, w: int, given: Assumption
     pixels = n * sides[0] * sides[1]
     weights = cin * mid + 9 * mid * mid + mid * out + (cin * out if project else 0)
     useful = 2 * (n * h * w * cin * mid + pixels * (weights - cin * mid))
-    reduce_rows = kernel["passes"] * kernel["pass_rows"]
-    flops = 2 * tiles * (reduce_rows * cin * mid + kernel["rows"] * (weights - cin * mid))
     streamed = kernel["steps"] * kernel["chunk_bytes"]
     read = n * halo[0] * halo[1] * cin * _SIZE
     weight_bytes = (blocks if kernel["resident"] else tiles) * streamed
@@ -105,8 +101,8 @@ def account(kernel: Mapping[str, Any], n: int, h: int, w: int, given: Assumption
     landed = read + weight_bytes + (centre if project else 0) + hidden
     return Account(
         tiles, blocks, n * h * w * cin * _SIZE, pixels * out * _SIZE, (weights + 2 * (2 * mid + out * (1 + project))
-        + 2 * (2 * mid + out * (1 + project))) * _SIZE, read, centre, weight_bytes, useful, flops,
-        landed + tiles * _fragment_bytes(kernel, mid, cin, project),
+        + 2 * (2 * mid + out * (1 + project))) * _SIZE, read, centre, weight_bytes, useful,
+        2 * tiles * kernel["products"], landed + tiles * kernel["fragments"],
     )  # fmt: skip
 
 
@@ -114,17 +110,6 @@ def _covered(side: int, tiles: int, tile: int, halo: int, stride: int) -> int:
     """Pixels along one side of the image that the tiles' halos read, those under two tiles twice."""
     starts = [i * tile * stride - 1 for i in range(tiles)]
     return sum(min(start + halo, side) - max(start, 0) for start in starts)
-
-
-def _fragment_bytes(kernel: Mapping[str, Any], mid: int, cin: int, project: bool) -> int:
-    """What the warps of a block read of shared memory for the products of one tile."""
-
-    def step(rows: int) -> int:  # every warp its share of the rows and of the chunk of weights
-        return _WARPS_M * _WARPS_N * (rows // _WARPS_M + mid // _WARPS_N) * _DEPTH * _SIZE
-
-    first: int = kernel["passes"] * cin // _DEPTH
-    rest: int = kernel["steps"] - first
-    return first * step(kernel["pass_rows"]) + rest * step(kernel["rows"])
 
 
 # ResNet-50's blocks in stages 2 and 3: name, kernel on an sm_90, input side.

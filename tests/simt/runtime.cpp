@@ -68,6 +68,7 @@ ucontext_t scheduler;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
 std::mt19937_64 random_order(0);
+uint64_t conflicts = 0;
 
 #if defined(__SANITIZE_ADDRESS__)
 void start_switch(const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(nullptr, stack, bytes); }
@@ -174,6 +175,7 @@ void launch(Dim3 grid, unsigned threads, size_t shared_bytes, const std::functio
     fail("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
   }
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
+  conflicts = 0;
   block.grid = grid;
   block.threads = threads;
   block.body = &body;
@@ -256,6 +258,16 @@ void warp_barrier(const char* file, int line) {
   warp_collective("warp barrier", file, line, nullptr, nullptr,
                   [](const void* const*, void* const*) { ++block.warps[block.current / kWarpSize].epoch; });
 }
+
+void count_bank_conflicts(const uint32_t (&rows)[8]) {
+  for (int i = 1; i < 8; ++i) {  // a row is 16 bytes, four of the 32 banks; the same row is read once for all
+    conflicts += std::any_of(rows, rows + i, [&](uint32_t other) {
+      return other != rows[i] && other / 16 % 8 == rows[i] / 16 % 8;
+    });
+  }
+}
+
+uint64_t bank_conflicts() { return conflicts; }
 
 void multiply_tiles(float (&d)[16][8], const float* a, const float* b, int k) {
   for (int row = 0; row < 16; ++row) {
