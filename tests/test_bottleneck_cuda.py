@@ -50,9 +50,9 @@ def make(cin: int, mid: int, project: bool, stride: int = 1, *, n: int = 1, h: i
         ((256, 64, False), "mid64_c256", "mid64_c256_resident", "mid64_c256"),
         ((64, 64, True), "mid64_c64_project", "mid64_c64_project_resident", "mid64_c64_project"),
         ((256, 64, True), "mid64_c256_project", "mid64_c256_project", ""),
-        ((512, 128, False), "mid128_c512", "mid128_c512", "mid128_c512_small"),
+        ((512, 128, False), "mid128_c512", "mid128_c512", "mid128_c512_tight"),
         ((256, 128, True), "mid128_c256_project_small", "mid128_c256_project", ""),
-        ((256, 128, True, 2), "mid128_c256_stride2", "mid128_c256_stride2", ""),
+        ((256, 128, True, 2), "mid128_c256_stride2_small", "mid128_c256_stride2", ""),
     ],
 )
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
@@ -60,12 +60,31 @@ def test_each_architecture_takes_what_its_shared_memory_holds(
     call: tuple[Any, ...], sm80: str, sm90: str, sm120: str, dtype: torch.dtype
 ) -> None:
     half = "bf16" if dtype == BF16 else "fp16"
+    side = 56 if call[0] < 512 else 28
     for shared, name in ((SM80, sm80), (SM90, sm90), (SM120, sm120)):
-        found = cuda.kernel_for(make(*call, dtype=dtype), shared)
+        found = cuda.kernel_for(make(*call, n=8, h=side, w=side, dtype=dtype), shared, 8)
         if name:
             assert found == (f"{half}_{name}", None)
         else:
             assert found == ("", "this device's shared memory does not hold the block")
+
+
+@pytest.mark.parametrize(("name", "cin", "mid", "stride", "project", "side"), whole_block.BLOCKS)
+def test_the_plan_takes_the_quickest_by_the_account(
+    name: str, cin: int, mid: int, stride: int, project: bool, side: int
+) -> None:
+    """The plan counts every halo in full, so that of two kernels that are nearly equal it may take the other one."""
+
+    def seconds(kernel: dict[str, Any], n: int) -> float:
+        return max(whole_block.account(kernel, n, side, side).times().values())
+
+    taken = set()
+    for n in (1, 2, 3, 8, 24, 32, 128, 256):
+        kernel = whole_block.chosen(cin, mid, stride, project, n, side)
+        least = min(seconds(other, n) for other in whole_block.kernels(cin, mid, stride, project))
+        assert seconds(kernel, n) <= 1.06 * least
+        taken.add(kernel["name"])
+    assert len(taken) > 1, "few tiles and many take the same kernel"
 
 
 def test_other_blocks_are_refused() -> None:
@@ -76,13 +95,13 @@ def test_other_blocks_are_refused() -> None:
         (make(256, 64, False, groups=32), convs),
         (make(64, 64, True, 2), channels),
     ):
-        assert cuda.kernel_for(call, SM90) == ("", reason)
+        assert cuda.kernel_for(call, SM90, 132) == ("", reason)
     wide = make(256, 64, False)
     wide = wide._replace(convs=(make(256, 128, False).convs[0], *wide.convs[1:]))
-    assert cuda.kernel_for(wide, SM90) == ("", channels)
+    assert cuda.kernel_for(wide, SM90, 132) == ("", channels)
     projected = make(256, 128, True, 2)
     projected = projected._replace(shortcut=make(256, 128, True).shortcut)
-    assert cuda.kernel_for(projected, SM90)[1] == "the shortcut is not a 1x1 convolution with the block's stride"
+    assert cuda.kernel_for(projected, SM90, 132)[1] == "the shortcut is not a 1x1 convolution with the block's stride"
 
 
 def test_on_the_cpu_it_says_why_not() -> None:
@@ -93,7 +112,7 @@ def test_on_the_cpu_it_says_why_not() -> None:
 def test_a_report_names_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refusal(op: str, backend: str, call: BlockCall) -> str | None:
         if op == "bottleneck" and backend == "cuda":
-            return cuda.kernel_for(call, SM90)[1]
+            return cuda.kernel_for(call, SM90, 132)[1]
         return None if op == "conv_bn_act" else "no"
 
     for module in (block.backends, choice.backends):
@@ -110,22 +129,24 @@ def rows() -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in extension.module().bottleneck_kernels()}
 
 
-@pytest.mark.parametrize(("name", "kernel", "side"), whole_block.BLOCKS)
-def test_the_account_agrees_with_the_roofline(name: str, kernel: str, side: int) -> None:
+@pytest.mark.parametrize(("name", "cin", "mid", "stride", "project", "side"), whole_block.BLOCKS)
+def test_the_account_agrees_with_the_roofline(
+    name: str, cin: int, mid: int, stride: int, project: bool, side: int
+) -> None:
     """What must cross main memory and what must be computed is the block's roofline, counted another way."""
-    row = rows()[kernel]
-    counts = roofline.count(whole_block._module(row), (3, row["cin"], side, side))
-    (piece,) = counts["block"].pieces
-    account = whole_block.account(row, 3, side, side)
-    assert (account.x_bytes, account.out_bytes) == (2 * piece.reads, 2 * piece.writes)
-    assert account.parameter_bytes == 2 * piece.weights
-    assert account.useful_flops == piece.flops
-    assert max(account.times().values()) > counts["block"].bound(roofline.H200, BF16).seconds
+    for row in whole_block.kernels(cin, mid, stride, project):
+        counts = roofline.count(whole_block._module(row), (3, cin, side, side))
+        (piece,) = counts["block"].pieces
+        account = whole_block.account(row, 3, side, side)
+        assert (account.x_bytes, account.out_bytes) == (2 * piece.reads, 2 * piece.writes)
+        assert account.parameter_bytes == 2 * piece.weights
+        assert account.useful_flops == piece.flops
+        assert max(account.times().values()) > counts["block"].bound(roofline.H200, BF16).seconds
 
 
 def test_the_account_of_a_tile_by_hand() -> None:
     """A full tile and a ragged one, stride 2: x under 7x7 output pixels is 15x15, here of a 13x16 image."""
-    row = rows()["bf16_mid128_c256_stride2"]
+    row = rows()["bf16_mid128_c256_stride2_small"]
     account = whole_block.account(row, 1, 13, 16)
     assert (account.tiles, account.blocks) == (2, 2)
     assert account.halo_bytes == 2 * 256 * 13 * (14 + 3)  # columns 0 to 13 and 13 to 15
@@ -133,6 +154,10 @@ def test_the_account_of_a_tile_by_hand() -> None:
     assert account.weight_bytes == 2 * 50 * 128 * 64 * 2
     assert account.flops == 2 * 2 * (2 * 128 * 256 * 128 + 64 * (9 * 128 * 128 + 128 * 512 + 256 * 512))
     assert account.out_bytes == 2 * 512 * 7 * 8
+    step = 8 * (32 * 128 + 64 * 128)  # each of the eight warps: 32 of 128 halo pixels, 64 of 128 channels of weights
+    rest = 8 * (16 * 128 + 64 * 128)
+    landed = account.halo_bytes + account.weight_bytes + account.again_bytes + 2 * 2 * (225 + 64) * 128
+    assert account.shared_bytes == 2 * (2 * 4 * step + (9 * 2 + 4 * 2 + 4 * 4) * rest) + landed
 
 
 def test_resident_weights_are_read_once_by_each_block() -> None:

@@ -1,10 +1,12 @@
 """What the whole-block CUDA kernels move and compute, counted from their own tile parameters (csrc/bottleneck/tile.h).
 
-``python -m resnet_fused.roofline.whole_block`` prints the account of ResNet-50's blocks on an H200.
+``python -m resnet_fused.roofline.whole_block`` prints the account of ResNet-50's blocks on an H200, with the kernels
+that the plan chooses there.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,7 +81,11 @@ class Account:
 
 
 def account(kernel: Mapping[str, Any], n: int, h: int, w: int, given: Assumptions | None = None) -> Account:
-    """The account of ``kernel``, a row of ``_C.bottleneck_kernels()``, on ``[n, cin, h, w]``."""
+    """The account of ``kernel``, a row of ``_C.bottleneck_kernels()``, on ``[n, cin, h, w]``.
+
+    FLOPs and the fragments that warps read of shared memory are the kernel's own constants for each tile; what crosses
+    L2 is counted here, without the halo outside of the image.
+    """
     given = given or Assumptions()
     mid, cin, stride, project = kernel["mid"], kernel["cin"], kernel["stride"], kernel["project"]
     out = 4 * mid
@@ -112,37 +118,66 @@ def _covered(side: int, tiles: int, tile: int, halo: int, stride: int) -> int:
     return sum(min(start + halo, side) - max(start, 0) for start in starts)
 
 
-# ResNet-50's blocks in stages 2 and 3: name, kernel on an sm_90, input side.
+# ResNet-50's blocks in stages 2 and 3: name, channels of x, hidden channels, stride, projection, input side.
 BLOCKS = (
-    ("layer1.0", "bf16_mid64_c64_project_resident", 56),
-    ("layer1.1", "bf16_mid64_c256_resident", 56),
-    ("layer1.1, streamed", "bf16_mid64_c256", 56),
-    ("layer2.0", "bf16_mid128_c256_stride2", 56),
-    ("layer2.1", "bf16_mid128_c512", 28),
+    ("layer1.0", 64, 64, 1, True, 56),
+    ("layer1.1", 256, 64, 1, False, 56),
+    ("layer2.0", 256, 128, 2, True, 56),
+    ("layer2.1", 512, 128, 1, False, 28),
 )
+SHARED = 227 << 10  # bytes of an H200's shared memory that a block may have
+
+
+def kernels(cin: int, mid: int, stride: int, project: bool) -> list[dict[str, Any]]:
+    """The bfloat16 kernels that compute a block on an H200."""
+    problem = {"element": "bf16", "cin": cin, "mid": mid, "stride": stride, "project": project}
+    rows = extension.module().bottleneck_kernels()
+    return [row for row in rows if problem.items() <= row.items() and row["shared"] <= SHARED]
+
+
+def chosen(cin: int, mid: int, stride: int, project: bool, n: int, side: int) -> dict[str, Any]:
+    """The one of them that the plan (csrc/bottleneck/plan.h) takes for ``[n, cin, side, side]``."""
+
+    def conv(c: int, k: int, kernel: int = 1, stride: int = 1) -> tuple[Any, ...]:
+        return (k, c, kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), (1, 1), 1
+
+    convs = [conv(cin, mid), conv(mid, mid, 3, stride), conv(mid, 4 * mid)]
+    shortcut = conv(cin, 4 * mid, stride=stride) if project else None
+    device = (SHARED, Assumptions.multiprocessors)
+    name, reason = extension.module().bottleneck_choice((n, cin, side, side), convs, shortcut, True, *device)
+    if reason:
+        raise ValueError(reason)
+    return next(row for row in kernels(cin, mid, stride, project) if row["name"] == name)
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="The account of ResNet-50's whole-block kernels on an H200.")
+    parser.add_argument("--all", action="store_true", help="every kernel that fits, not the plan's choice alone")
+    every = parser.parse_args().all
     reason = extension.missing()
     if reason:
         print(reason, file=sys.stderr)
         return 1
-    rows = {row["name"]: row for row in extension.module().bottleneck_kernels()}
-    print("| block | batch | tiles | FLOPs done / useful | L2 / memory bytes | memory us | L2 us | mma us | shared us "
-          "| **predicted us** | whole-block bound us | per-conv bound us |")  # fmt: skip
-    print("|---|" + "---:|" * 11)
-    for name, kernel, side in BLOCKS:
-        for n in (1, 32, 256):
-            a = account(rows[kernel], n, side, side)
-            times = list(a.times().values())
-            memory = a.x_bytes + a.out_bytes + a.parameter_bytes
-            counts = count(_module(rows[kernel]), (n, rows[kernel]["cin"], side, side))
-            bounds = [counts[level].bound(H200, torch.bfloat16).seconds for level in ("block", "conv")]
-            cells = [f"{1e6 * seconds:.1f}" for seconds in (*times, max(times), *bounds)]
-            cells[4] = f"**{cells[4]}**"
-            ratios = f"{a.flops / a.useful_flops:.2f} | {a.l2_bytes / memory:.2f}"
-            print(f"| {name} | {n} | {a.tiles} | {ratios} | {' | '.join(cells)} |")
+    print("| block | batch | kernel | tiles | FLOPs done / useful | L2 / memory bytes | memory us | L2 us | mma us "
+          "| shared us | **predicted us** | whole-block bound us | per-conv bound us |")  # fmt: skip
+    print("|---|---:|---|" + "---:|" * 10)
+    for name, cin, mid, stride, project, side in BLOCKS:
+        for n in (1, 8, 32, 256):
+            plan = chosen(cin, mid, stride, project, n, side)
+            for kernel in kernels(cin, mid, stride, project) if every else [plan]:
+                print(f"| {name} | {n} | {kernel['name'].removeprefix('bf16_')} | {_cells(kernel, n, side)} |")
     return 0
+
+
+def _cells(kernel: Mapping[str, Any], n: int, side: int) -> str:
+    a = account(kernel, n, side, side)
+    times = list(a.times().values())
+    memory = a.x_bytes + a.out_bytes + a.parameter_bytes
+    counts = count(_module(kernel), (n, kernel["cin"], side, side))
+    bounds = [counts[level].bound(H200, torch.bfloat16).seconds for level in ("block", "conv")]
+    cells = [f"{1e6 * seconds:.1f}" for seconds in (*times, max(times), *bounds)]
+    cells[4] = f"**{cells[4]}**"
+    return " | ".join([f"{a.tiles}", f"{a.flops / a.useful_flops:.2f}", f"{a.l2_bytes / memory:.2f}", *cells])
 
 
 def _module(kernel: Mapping[str, Any]) -> nn.Module:

@@ -79,6 +79,7 @@ V load_global(const void* from) {
 template <class V>
 void store_global(void* to, const V& v) {
   check_aligned(to, sizeof(V));
+  simt::note_store(to, sizeof(V));
   std::memcpy(to, &v, sizeof(V));
 }
 

@@ -50,6 +50,7 @@ void run_bottleneck(Request& request) {
     return;
   }
   std::printf("kernel %s grid %u tiles %d\n", info(plan.kernel).name, plan.grid, plan.args.tiles);
+  write_once(args.out, static_cast<size_t>(request.integer("out_bytes")));
   if (element == Element::kBF16) {
     run_part<rf::bf16, Element::kBF16>(plan, HostLauncher{});
   } else {

@@ -69,6 +69,8 @@ const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
 std::mt19937_64 random_order(0);
 uint64_t conflicts = 0;
+const uint8_t* once = nullptr;
+std::vector<bool> stored;  // which bytes behind `once` the launch has stored to
 
 #if defined(__SANITIZE_ADDRESS__)
 void start_switch(const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(nullptr, stack, bytes); }
@@ -257,6 +259,20 @@ void warp_collective(const char* name, const char* file, int line, const void* i
 void warp_barrier(const char* file, int line) {
   warp_collective("warp barrier", file, line, nullptr, nullptr,
                   [](const void* const*, void* const*) { ++block.warps[block.current / kWarpSize].epoch; });
+}
+
+void write_once(const void* buffer, size_t bytes) {
+  once = static_cast<const uint8_t*>(buffer);
+  stored.assign(bytes, false);
+}
+
+void note_store(const void* to, size_t bytes) {
+  const auto* first = static_cast<const uint8_t*>(to);
+  if (first < once || first >= once + stored.size()) return;
+  for (auto at = static_cast<size_t>(first - once), end = std::min(at + bytes, stored.size()); at < end; ++at) {
+    if (stored[at]) fail("byte %zu of the output is stored to a second time", at);
+    stored[at] = true;
+  }
 }
 
 void count_bank_conflicts(const uint32_t (&rows)[8]) {
