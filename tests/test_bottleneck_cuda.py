@@ -5,6 +5,7 @@ Without a GPU the kernels themselves are run by tests/simt.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,31 +43,6 @@ def make(cin: int, mid: int, project: bool, stride: int = 1, *, n: int = 1, h: i
     convs = (conv(cin, mid), conv(mid, mid, 3, stride, groups), conv(mid, 4 * mid))
     x = torch.randn(n, cin, h, w).to(device, dtype).contiguous(memory_format=torch.channels_last)
     return BlockCall(x, convs, conv(cin, 4 * mid, stride=stride) if project else None, None)
-
-
-@pytest.mark.parametrize(
-    ("call", "sm80", "sm90", "sm120"),
-    [
-        ((256, 64, False), "mid64_c256", "mid64_c256_resident", "mid64_c256"),
-        ((64, 64, True), "mid64_c64_project", "mid64_c64_project_resident", "mid64_c64_project"),
-        ((256, 64, True), "mid64_c256_project", "mid64_c256_project", ""),
-        ((512, 128, False), "mid128_c512", "mid128_c512", "mid128_c512_tight"),
-        ((256, 128, True), "mid128_c256_project_small", "mid128_c256_project", ""),
-        ((256, 128, True, 2), "mid128_c256_stride2_small", "mid128_c256_stride2", ""),
-    ],
-)
-@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
-def test_each_architecture_takes_what_its_shared_memory_holds(
-    call: tuple[Any, ...], sm80: str, sm90: str, sm120: str, dtype: torch.dtype
-) -> None:
-    half = "bf16" if dtype == BF16 else "fp16"
-    side = 56 if call[0] < 512 else 28
-    for shared, name in ((SM80, sm80), (SM90, sm90), (SM120, sm120)):
-        found = cuda.kernel_for(make(*call, n=8, h=side, w=side, dtype=dtype), shared, 8)
-        if name:
-            assert found == (f"{half}_{name}", None)
-        else:
-            assert found == ("", "this device's shared memory does not hold the block")
 
 
 @pytest.mark.parametrize(("name", "cin", "mid", "stride", "project", "side"), whole_block.BLOCKS)
@@ -123,6 +99,50 @@ def test_a_report_names_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     found = {e.name: e.backend for e in report(fuse(model.eval().to(BF16), backend="cuda"))}
     assert found == {"0": "cuda (whole block)", "1": "cuda (whole block)", "2": "cuda"}
+
+
+README = (Path(__file__).parents[1] / "csrc" / "bottleneck" / "README.md").read_text()
+
+
+def table(corner: str) -> dict[str, dict[str, str]]:
+    """A table of the page, by the corner of its head: for each column the row's name and the cell."""
+    lines = README[README.index(f"| {corner} |") :].split("\n\n")[0].splitlines()
+    head, _, *body = [[cell.strip(" `*") for cell in line.strip("|").split("|")] for line in lines]
+    return {name: {row[0]: row[i] for row in body} for i, name in enumerate(head) if i}
+
+
+def test_the_page_shows_the_map_of_shared_memory() -> None:
+    for name, cells in table("region").items():
+        row = rows()[f"bf16_{name}"]
+        *regions, end = cells.values()
+        assert int(end) == row["shared"]
+        assert [cell.split(",")[0] for cell in regions] == [
+            str(at) if row["project"] or i not in (3, 7) else "" for i, at in enumerate(row["regions"])
+        ]
+        weights, x = (cell.partition(", ")[2].split() for cell in regions[4:6])
+        slots, pixels = int(x[0]), int(x[2])
+        assert weights == (["all", str(row["steps"])] if row["resident"] else ["ring", "of", str(row["template"][7])])
+        assert slots == row["template"][8] and slots * pixels * 128 == row["regions"][6] - row["regions"][5]
+
+
+def test_the_page_shows_each_kernel() -> None:
+    shared = table("kernel (bf16)")["shared, KiB"]
+    expected = {name: f"{row['shared'] / 1024:.1f}" for name, row in rows().items() if row["element"] == "bf16"}
+    assert {f"bf16_{name}": cell for name, cell in shared.items()} == expected
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("limit", "column"), [(SM90, "sm_90, sm_100"), (SM80, "sm_80"), (SM120, "99 KiB")])
+def test_each_architecture_takes_what_the_page_shows(limit: int, column: str, dtype: torch.dtype) -> None:
+    half = "bf16" if dtype == BF16 else "fp16"
+    for problem, name in table("block")[column].items():
+        mid, cin = (int(part.split()[1]) for part in problem.split(", ")[:2])
+        side, stride = 28 if cin == 512 else 56, 2 if "stride 2" in problem else 1
+        call = make(cin, mid, "projection" in problem, stride, n=8, h=side, w=side, dtype=dtype)
+        if name == "refused":
+            assert cuda.kernel_for(call, limit, 1) == ("", "this device's shared memory does not hold the block")
+        else:
+            assert cuda.kernel_for(call, limit, 1) == (f"{half}_{name}", None)
 
 
 def rows() -> dict[str, dict[str, Any]]:

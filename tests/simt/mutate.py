@@ -45,6 +45,8 @@ GROUPS = {
     "projection": (PROJECTED, STAYING, STRIDED),
     "kept projection": (STAYING,),
     "strided": (STRIDED,),
+    # The other one has waited for x before it expands, since x under the output pixels comes with it.
+    "waits": (STREAMED, RESIDENT, PROJECTED, WIDE, STRIDED),
     "batch": (STREAMED, RESIDENT, PROJECTED, STAYING),
 }
 
