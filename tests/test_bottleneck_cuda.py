@@ -180,6 +180,14 @@ def test_the_account_of_a_tile_by_hand() -> None:
     assert account.shared_bytes == 2 * (2 * 4 * step + (9 * 2 + 4 * 2 + 4 * 4) * rest) + landed
 
 
+def test_the_triton_contender_by_hand() -> None:
+    moved = whole_block.contender_l2_bytes(256, 64, 1, False, 1, 56, 56)
+    tile = (90 + 64 + 136 + 9 * 16 + 64) * 1024 + 180 * 128  # x, residual, weights, slot, out; the slot is written
+    assert moved == 28 * tile
+    near = whole_block.contender_l2_bytes(256, 64, 1, False, 1, 56, 56, slot_in_l1=True)
+    assert moved - near == 28 * 9 * 16 * 1024
+
+
 def test_resident_weights_are_read_once_by_each_block() -> None:
     row = rows()["bf16_mid64_c256_resident"]
     account = whole_block.account(row, 256, 56, 56)

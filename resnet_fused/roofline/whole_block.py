@@ -7,6 +7,7 @@ that the plan chooses there.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import nn
 
 from resnet_fused import extension
 from resnet_fused.modules.blocks import FusedBottleneck
+from resnet_fused.ops.bottleneck import triton_config
 from resnet_fused.roofline.bound import H200, Device
 from resnet_fused.roofline.levels import count
 
@@ -112,6 +114,26 @@ def account(kernel: Mapping[str, Any], n: int, h: int, w: int, given: Assumption
     )  # fmt: skip
 
 
+def contender_l2_bytes(
+    cin: int, mid: int, stride: int, project: bool, n: int, h: int, w: int, *, slot_in_l1: bool = False
+) -> int:
+    """Bytes through L2 of the Triton kernel (ops/bottleneck/triton_kernel.py) on an H200 for ``[n, cin, h, w]``.
+
+    Each tile reads all weights, its halo of x, the shortcut's x (a projection's once for every part of the output), and
+    nine shifted views of its slot, which the first level's cache may serve; it writes its slot and its output.
+    """
+    config = triton_config.config(mid, stride, 90)
+    tiles = n * math.prod(
+        -(-((side - 1) // stride + 1) // tile) for side, tile in zip((h, w), config.tile, strict=True)
+    )
+    pixels, out = math.prod(config.tile), 4 * mid
+    halo = math.prod((side - 1) * stride + 3 for side in config.tile)
+    weights = cin * mid + 9 * mid * mid + mid * out + (cin * out if project else 0)
+    shortcut = pixels * (cin * out // config.block_n if project else out)
+    slot = halo * mid + (0 if slot_in_l1 else 9 * pixels * mid)
+    return _SIZE * tiles * (weights + halo * cin + shortcut + slot + pixels * out)
+
+
 def _covered(side: int, tiles: int, tile: int, halo: int, stride: int) -> int:
     """Pixels along one side of the image that the tiles' halos read, those under two tiles twice."""
     starts = [i * tile * stride - 1 for i in range(tiles)]
@@ -166,6 +188,12 @@ def main() -> int:
             plan = chosen(cin, mid, stride, project, n, side)
             for kernel in kernels(cin, mid, stride, project) if every else [plan]:
                 print(f"| {name} | {n} | {kernel['name'].removeprefix('bf16_')} | {_cells(kernel, n, side)} |")
+    print("\n| block, by Triton | batch | L2 us | L2 us, the slot read from L1 |\n|---|---:|---:|---:|")
+    for name, *problem, side in BLOCKS:
+        for n in (32, 256):
+            moved = [contender_l2_bytes(*problem, n, side, side, slot_in_l1=near) for near in (False, True)]
+            cells = " | ".join(f"{1e6 * size / Assumptions.l2_bytes_per_s:.1f}" for size in moved)
+            print(f"| {name} | {n} | {cells} |")
     return 0
 
 
