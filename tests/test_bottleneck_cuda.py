@@ -101,7 +101,8 @@ def test_a_report_names_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == {"0": "cuda (whole block)", "1": "cuda (whole block)", "2": "cuda"}
 
 
-README = (Path(__file__).parents[1] / "csrc" / "bottleneck" / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "csrc" / "bottleneck" / "README.md").read_text()
 
 
 def table(corner: str) -> dict[str, dict[str, str]]:
@@ -178,6 +179,12 @@ def test_the_account_of_a_tile_by_hand() -> None:
     rest = 8 * (16 * 128 + 64 * 128)
     landed = account.halo_bytes + account.weight_bytes + account.again_bytes + 2 * 2 * (225 + 64) * 128
     assert account.shared_bytes == 2 * (2 * 4 * step + (9 * 2 + 4 * 2 + 4 * 4) * rest) + landed
+
+
+def test_the_notes_show_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert whole_block.main([]) == 0
+    notes = (ROOT / "bench" / "NOTES.md").read_text()
+    assert [line for line in capsys.readouterr().out.splitlines() if line not in notes] == []
 
 
 def test_the_triton_contender_by_hand() -> None:

@@ -67,26 +67,18 @@ class Block {
         multiply<T>(sums, a, weights());
         x_slot_ = x_slot_ + 1 == Tile::X_SLOTS ? 0 : x_slot_ + 1;
       }
-      RF_UNROLL
-      for (int group = 0; group < kGroups; ++group) {
-        const Affine affine(shared_ + Tile::kTable, channel(group));
-        RF_UNROLL
-        for (int i = 0; i < Tile::kHaloTiles; ++i) {
-          RF_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const int own = halo_row(i) + lane() / 4 + half * 8;
-            if (own > last) continue;
-            const int pixel = first + own;
-            const int down = pixel / Tile::kHaloW, right = pixel % Tile::kHaloW;
-            const int h = place.p0 * Tile::STRIDE - 1 + down, w = place.q0 * Tile::STRIDE - 1 + right;
-            const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(args_.h) &&
-                                static_cast<unsigned>(w) < static_cast<unsigned>(args_.w);
-            Eight result{};  // the 3x3 convolution pads with zeros
-            if (inside) result = rectified(sums, affine, i, group, half);
-            store_shared(hidden(channel(group), pixel, halo_key(down, right)), result);
-          }
-        }
-      }
+      each_eight<Tile::kHaloTiles>(shared_ + Tile::kTable, 0, [&](int i, int half, int group, const Affine& affine) {
+        const int own = halo_row(i) + lane() / 4 + half * 8;
+        if (own > last) return;
+        const int pixel = first + own;
+        const int down = pixel / Tile::kHaloW, right = pixel % Tile::kHaloW;
+        const int h = place.p0 * Tile::STRIDE - 1 + down, w = place.q0 * Tile::STRIDE - 1 + right;
+        const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(args_.h) &&
+                            static_cast<unsigned>(w) < static_cast<unsigned>(args_.w);
+        Eight result{};  // the 3x3 convolution pads with zeros
+        if (inside) result = rectified(sums, affine, i, group, half);
+        store_shared(hidden(channel(group), pixel, halo_key(down, right)), result);
+      });
     }
   }
 
@@ -123,18 +115,10 @@ class Block {
       }
     }
     barrier();  // everybody has read the first hidden tensor
-    RF_UNROLL
-    for (int group = 0; group < kGroups; ++group) {
-      const Affine affine(shared_ + Tile::kTable2, channel(group));
-      RF_UNROLL
-      for (int i = 0; i < Tile::kTilesM; ++i) {
-        RF_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int pixel = row(i) + lane() / 4 + half * 8;
-          store_shared(hidden(channel(group), pixel, pixel & 7), rectified(sums, affine, i, group, half));
-        }
-      }
-    }
+    each_eight<Tile::kTilesM>(shared_ + Tile::kTable2, 0, [&](int i, int half, int group, const Affine& affine) {
+      const int pixel = row(i) + lane() / 4 + half * 8;
+      store_shared(hidden(channel(group), pixel, pixel & 7), rectified(sums, affine, i, group, half));
+    });
     if constexpr (Tile::RESIDENT) {
       if constexpr (Tile::PROJECT) async_wait<0>();  // x under the output pixels
       barrier();
@@ -229,31 +213,40 @@ class Block {
   template <class S, class Residual>
   RF_DEVICE void store(const S& sums, const S& projected, const Residual& residual, const Place<Tile>& place,
                        int part) const {
+    const int first = part * Tile::MID;
+    const SharedAddress table = shared_ + (Tile::PROJECT ? Tile::kTableShortcut : Tile::kTable3);
+    each_eight<Tile::kTilesM>(table, first, [&](int i, int half, int group, const Affine& affine) {
+      const int channels = first + channel(group);
+      const Pixel pixel(args_, place, row(i) + lane() / 4 + half * 8);
+      if (!pixel.inside) return;
+      Eight result;
+      RF_UNROLL
+      for (int e = 0; e < 8; ++e) {
+        const int tile = group * 4 + e / 2, at = half * 2 + e % 2;
+        float y;
+        if constexpr (Tile::PROJECT) {
+          y = sums[i][tile][at] + affine.apply(projected[i][tile][at], e);
+        } else {
+          y = affine.apply(sums[i][tile][at], e) + to_float(residual[i][half][group].at[e]);
+        }
+        result.at[e] = from_float<T>(relu(y));
+      }
+      const int64_t at = (static_cast<int64_t>(place.n) * args_.p + pixel.p) * args_.q + pixel.q;
+      store_global(static_cast<T*>(args_.out) + (at * Tile::COUT + channels), result);
+    });
+  }
+
+  // Calls visit(i, half, group, affine) for every eight of this lane's sums: row lane/4 + 8·half of m16 tile i, channels
+  // first + channel(group) and on, with their batch norm.
+  template <int TILES, class Visit>
+  RF_DEVICE static void each_eight(SharedAddress table, int first, Visit&& visit) {
     RF_UNROLL
     for (int group = 0; group < kGroups; ++group) {
-      const int first = part * Tile::MID + channel(group);
-      const Affine affine(shared_ + (Tile::PROJECT ? Tile::kTableShortcut : Tile::kTable3), first);
+      const Affine affine(table, first + channel(group));
       RF_UNROLL
-      for (int i = 0; i < Tile::kTilesM; ++i) {
+      for (int i = 0; i < TILES; ++i) {
         RF_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const Pixel pixel(args_, place, row(i) + lane() / 4 + half * 8);
-          if (!pixel.inside) continue;
-          Eight result;
-          RF_UNROLL
-          for (int e = 0; e < 8; ++e) {
-            const int tile = group * 4 + e / 2, at = half * 2 + e % 2;
-            float y;
-            if constexpr (Tile::PROJECT) {
-              y = sums[i][tile][at] + affine.apply(projected[i][tile][at], e);
-            } else {
-              y = affine.apply(sums[i][tile][at], e) + to_float(residual[i][half][group].at[e]);
-            }
-            result.at[e] = from_float<T>(relu(y));
-          }
-          const int64_t at = (static_cast<int64_t>(place.n) * args_.p + pixel.p) * args_.q + pixel.q;
-          store_global(static_cast<T*>(args_.out) + (at * Tile::COUT + first), result);
-        }
+        for (int half = 0; half < 2; ++half) visit(i, half, group, affine);
       }
     }
   }

@@ -10,7 +10,7 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,6 +134,24 @@ def contender_l2_bytes(
     return _SIZE * tiles * (weights + halo * cin + shortcut + slot + pixels * out)
 
 
+def with_changes(kernel: Mapping[str, Any], n: int, side: int, *, shared_weights: bool, wgmma: bool) -> float:
+    """Seconds that the account predicts for a kernel that nobody has written.
+
+    shared_weights: clusters of two blocks read their weights through L2 once for both. wgmma: the full matrix rate; a
+    group of four warps takes 64 rows, which come from shared memory once, with the weights once for each 64 rows.
+    """
+    a = account(kernel, n, side, side)
+    if shared_weights:
+        a = replace(a, weight_bytes=a.weight_bytes // 2)
+    if not wgmma:
+        return max(a.times().values())
+    first = kernel["passes"] * kernel["cin"] // 64
+    rows = first * kernel["pass_rows"] + (kernel["steps"] - first) * kernel["rows"]
+    fragments = (rows + rows // 64 * kernel["mid"]) * 128
+    a = replace(a, shared_bytes=a.shared_bytes - a.tiles * (kernel["fragments"] - fragments))
+    return max(a.times(given=Assumptions(mma=1.0)).values())
+
+
 def _covered(side: int, tiles: int, tile: int, halo: int, stride: int) -> int:
     """Pixels along one side of the image that the tiles' halos read, those under two tiles twice."""
     starts = [i * tile * stride - 1 for i in range(tiles)]
@@ -172,10 +190,10 @@ def chosen(cin: int, mid: int, stride: int, project: bool, n: int, side: int) ->
     return next(row for row in kernels(cin, mid, stride, project) if row["name"] == name)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The account of ResNet-50's whole-block kernels on an H200.")
     parser.add_argument("--all", action="store_true", help="every kernel that fits, not the plan's choice alone")
-    every = parser.parse_args().all
+    every = parser.parse_args(argv).all
     reason = extension.missing()
     if reason:
         print(reason, file=sys.stderr)
@@ -189,11 +207,23 @@ def main() -> int:
             for kernel in kernels(cin, mid, stride, project) if every else [plan]:
                 print(f"| {name} | {n} | {kernel['name'].removeprefix('bf16_')} | {_cells(kernel, n, side)} |")
     print("\n| block, by Triton | batch | L2 us | L2 us, the slot read from L1 |\n|---|---:|---:|---:|")
-    for name, *problem, side in BLOCKS:
+    for name, cin, mid, stride, project, side in BLOCKS:
         for n in (32, 256):
-            moved = [contender_l2_bytes(*problem, n, side, side, slot_in_l1=near) for near in (False, True)]
+            problem = (cin, mid, stride, project, n, side, side)
+            moved = [contender_l2_bytes(*problem, slot_in_l1=near) for near in (False, True)]
             cells = " | ".join(f"{1e6 * size / Assumptions.l2_bytes_per_s:.1f}" for size in moved)
             print(f"| {name} | {n} | {cells} |")
+    print(
+        "\n| block, batch 256 | predicted us | weights for two | wgmma | both | per-conv bound us |\n|---"
+        + "|---:" * 5
+        + "|"
+    )
+    for name, cin, mid, stride, project, side in BLOCKS:
+        kernel = chosen(cin, mid, stride, project, 256, side)
+        changes = [(False, False), (True, False), (False, True), (True, True)]
+        seconds = [with_changes(kernel, 256, side, shared_weights=a, wgmma=b) for a, b in changes]
+        seconds.append(count(_module(kernel), (256, cin, side, side))["conv"].bound(H200, torch.bfloat16).seconds)
+        print(f"| {name} | " + " | ".join(f"{1e6 * value:.1f}" for value in seconds) + " |")
     return 0
 
 
