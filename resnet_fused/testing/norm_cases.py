@@ -106,7 +106,7 @@ def copied(call: BatchNormCall, dtype: torch.dtype | None = None, grad: bool = T
 def outcome(run: Callable[[BatchNormCall], Tensor], call: BatchNormCall, upstream: Tensor) -> dict[str, Tensor]:
     """What a call and its backward pass leave: output, gradients, statistics."""
     y = run(call)
-    y.backward(upstream.to(y.dtype))  # type: ignore[no-untyped-call]
+    y.backward(upstream.to(y.dtype))
     found = {"output": y.detach()}
     for name in ("x", "weight", "bias", "residual"):
         if (value := getattr(call, name)) is not None:
