@@ -28,7 +28,11 @@ ABI_TARGET = (2, 11)  # the oldest torch that loads the library, whichever it wa
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 OLDEST_ARCHITECTURE = 80
 # Files named *_<isa>.cpp are compiled for these instructions, on x86-64 alone; the code asks the CPU before it calls.
-INSTRUCTIONS = {"avx512": "-mavx512f -mfma", "avx2": "-mavx2 -mfma"}
+INSTRUCTIONS = {
+    "avx512bf16": "-mavx512f -mavx512bw -mavx512bf16 -mfma",
+    "avx512": "-mavx512f -mfma",
+    "avx2": "-mavx2 -mfma",
+}
 
 
 def extensions() -> list[Extension]:

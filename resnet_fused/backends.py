@@ -87,7 +87,7 @@ def _unavailable(backend: str) -> str | None:
                 return "this build of torch has no oneDNN"
             return None
         case Backend.CPU:
-            return importlib.import_module("resnet_fused.ops.winograd").unavailable()  # type: ignore[no-any-return]
+            return importlib.import_module("resnet_fused.ops.cpu_convolution").unavailable()  # type: ignore[no-any-return]
         case Backend.CUDNN:
             if not torch.cuda.is_available():
                 return "no CUDA device"

@@ -2,16 +2,19 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace rf::winograd {
 
 constexpr int kPanel = 32;                // output channels computed together
 constexpr float kNearInfinity = 0x1p30f;  // an output that overflows when multiplied with this counts as infinite
 
-// Dense channels_last tensors. filters is [K/32, 16, C, 32], bias [K]; C is a multiple of 16, K of 32.
+// Dense channels_last tensors. filters is [K/32, 16, C, 32], scale and bias are [K]; C is a
+// multiple of 16, K of 32.
 struct Problem {
   const float* x;
   const float* filters;
+  const float* scale;
   const float* bias;
   const float* residual;  // or null
   float* out;
@@ -33,5 +36,11 @@ Run run;
 namespace avx2 {
 Run run;
 }
+
+// The kernel for these instructions, "" for the widest that this CPU has; null where it has none.
+Run* kernel(const std::string& isa);
+
+// The whole problem, shared out among torch's threads; the answer is that of Run.
+bool convolve(const Problem& problem, Run* run);
 
 }  // namespace rf::winograd

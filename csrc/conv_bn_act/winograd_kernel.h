@@ -6,7 +6,7 @@
 // d is a 4x4 piece of the padded image, g the filter, Y a 2x2 piece of the output: a tile. A thread takes a block of
 // tiles: it transforms their inputs for all channels (16 matrices of tiles x C, small enough for the second-level
 // cache), multiplies them with the transformed filters of 32 output channels at a time, and transforms the products
-// into outputs, to which bias, residual and ReLU are applied in registers.
+// into outputs, to which batch norm, residual and ReLU are applied in registers.
 //
 // Included once per instruction set, with RF_ISA the name of its namespace and RF_LANES the floats of its vectors.
 #pragma once
@@ -24,6 +24,7 @@ using Index = int64_t;
 typedef float Vector __attribute__((vector_size(RF_LANES * 4), aligned(4), may_alias));
 
 constexpr int kLanes = RF_LANES;
+constexpr Index kAhead = 32;  // rows of filters to fetch ahead: one page
 constexpr int kPanelVectors = kPanel / kLanes;
 
 inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
@@ -84,7 +85,10 @@ inline void multiply(const float* v, Index v_stride, const float* u, Index chann
   for (Index c = 0; c < channels; ++c, u += kPanel) {
     Vector right[COLUMNS];
 #pragma GCC unroll 4
-    for (int j = 0; j < COLUMNS; ++j) right[j] = load(u + j * kLanes);
+    for (int j = 0; j < COLUMNS; ++j) {
+      right[j] = load(u + j * kLanes);
+      __builtin_prefetch(u + kAhead * kPanel + j * kLanes);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const float left = v[r * v_stride + c];
@@ -119,6 +123,19 @@ void multiply_rows(Index rows, const float* v, Index v_stride, const float* u, I
   }
 }
 
+// Where transform_output will write and read, brought near while the products are computed.
+inline void fetch_output(const Problem& p, const Tile& tile, Index k) {
+  for (int i = 0; i < 2 && tile.row + i < p.out_height; ++i) {
+    const Index row = ((tile.image * p.out_height + tile.row + i) * p.out_width + tile.column) * p.out_channels + k;
+    for (int j = 0; j < 2 && tile.column + j < p.out_width; ++j) {
+      for (int at = 0; at < kPanel; at += kLanes) {
+        __builtin_prefetch(p.out + row + j * p.out_channels + at, 1);
+        if (p.residual) __builtin_prefetch(p.residual + row + j * p.out_channels + at);
+      }
+    }
+  }
+}
+
 // The outputs of one tile in 32 channels from k on; returns NaN in a lane where an output is not finite.
 inline Vector transform_output(const Problem& p, const Tile& tile, const float* m, Index plane, Index k, Vector seen) {
   for (int at = 0; at < kPanel; at += kLanes) {
@@ -129,15 +146,15 @@ inline Vector transform_output(const Problem& p, const Tile& tile, const float* 
       t[0][j] = m0 + m1 + m2;
       t[1][j] = m1 - m2 - m3;
     }
-    const Vector bias = load(p.bias + k + at);
+    const Vector scale = load(p.scale + k + at), bias = load(p.bias + k + at);
     for (int i = 0; i < 2; ++i) {
       if (tile.row + i >= p.out_height) break;
-      const Vector y[2] = {t[i][0] + t[i][1] + t[i][2] + bias, t[i][1] - t[i][2] - t[i][3] + bias};
+      const Vector y[2] = {t[i][0] + t[i][1] + t[i][2], t[i][1] - t[i][2] - t[i][3]};
       for (int j = 0; j < 2; ++j) {
         if (tile.column + j >= p.out_width) break;
         const Index pixel = (tile.image * p.out_height + tile.row + i) * p.out_width + tile.column + j;
         const Index offset = pixel * p.out_channels + k + at;
-        Vector value = y[j];
+        Vector value = y[j] * scale + bias;
         if (p.residual) value += load(p.residual + offset);
         seen += value * kNearInfinity * 0.0f;
         if (p.relu) value = value < zero() ? zero() : value;
@@ -152,17 +169,19 @@ inline Vector transform_output(const Problem& p, const Tile& tile, const float* 
 
 // See winograd.h. buffer: at least buffer_floats(p, block) floats of this thread's own.
 bool run(const Problem& p, Index first_tile, Index tiles, Index first_panel, Index panels, float* buffer) {
-  const Index v_plane = tiles * p.channels, m_plane = tiles * kPanel;
+  const Index v_plane = tiles * p.channels, m_plane = tiles * kPanel, steps = (tiles + kRows - 1) / kRows;
   float* v = buffer;
   float* m = buffer + 16 * v_plane;
   for (Index t = 0; t < tiles; ++t) transform_input(p, tile_at(p, first_tile + t), v + t * p.channels, v_plane);
   Vector seen = zero();
   for (Index panel = first_panel; panel < first_panel + panels; ++panel) {
     const float* u = p.filters + panel * 16 * p.channels * kPanel;
+    for (Index t = 0; t < tiles; ++t) fetch_output(p, tile_at(p, first_tile + t), panel * kPanel);
     for (Index xi = 0; xi < 16; ++xi) {
-      for (Index t = 0; t < tiles; t += kRows) {
-        multiply_rows<kRows>(tiles - t < kRows ? tiles - t : kRows, v + xi * v_plane + t * p.channels, p.channels,
-                             u + xi * p.channels * kPanel, p.channels, m + xi * m_plane + t * kPanel);
+      for (Index step = 0; step < steps; ++step) {
+        const Index t = step * tiles / steps, rows = (step + 1) * tiles / steps - t;
+        multiply_rows<kRows>(rows, v + xi * v_plane + t * p.channels, p.channels, u + xi * p.channels * kPanel, p.channels,
+                             m + xi * m_plane + t * kPanel);
       }
     }
     for (Index t = 0; t < tiles; ++t) {

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from resnet_fused.ops import onednn, winograd
+from resnet_fused.ops import cpu_convolution, onednn
 from resnet_fused.ops.block import BlockCall
-from resnet_fused.ops.convbn import ConvBN
+from resnet_fused.ops.convbn import output_shape
+from resnet_fused.ops.cpu_convolution import Convolution
 
 _Bound = Callable[[BlockCall], Tensor]
-_Make = Callable[[ConvBN, Tensor, tuple[int, ...]], "onednn.Convolution | winograd.Convolution"]
 
 
 def supports_onednn(call: BlockCall) -> str | None:
@@ -24,34 +24,9 @@ def supports_onednn(call: BlockCall) -> str | None:
 
 
 def bind_onednn(call: BlockCall) -> _Bound:
-    """Every convolution by oneDNN."""
-    return _bind(call, lambda conv, x, shape: onednn.Convolution(conv))
-
-
-def supports_cpu(call: BlockCall) -> str | None:
-    reason = None
-    for conv, shape in zip(call.convs, _shapes(call), strict=True):
-        reason = winograd.refused(call.x, conv, shape)
-        if reason is None:
-            return onednn.refused(call.x, *call.convs, call.shortcut)
-    return reason
-
-
-def bind_cpu(call: BlockCall) -> _Bound:
-    """The convolutions that this project's kernels take by those, the others by oneDNN."""
-    return _bind(call, _own_or_onednn)
-
-
-def _own_or_onednn(conv: ConvBN, x: Tensor, shape: tuple[int, ...]) -> onednn.Convolution | winograd.Convolution:
-    return onednn.Convolution(conv) if winograd.refused(x, conv, shape) else winograd.Convolution(conv)
-
-
-def _bind(call: BlockCall, make: _Make) -> _Bound:
-    n = call.x.shape[0]
-    inputs = _shapes(call)
-    outputs = [*inputs[1:], _output_shape(call.convs[-1], inputs[-1])]
-    size = onednn.sub_batch(n, max(c * h * w for _, c, h, w in outputs) * call.x.element_size())
-    *steps, last = [make(conv, call.x, (size, *shape[1:])) for conv, shape in zip(call.convs, inputs, strict=True)]
+    """Every convolution by oneDNN, one call after the other."""
+    size, _, out_shape = _sizes(call)
+    *steps, last = [onednn.Convolution(conv) for conv in call.convs]
     projection = None if call.shortcut is None else onednn.Convolution(call.shortcut)
 
     def chain(x: Tensor, identity: Tensor | None, out: Tensor | None) -> Tensor:
@@ -64,12 +39,11 @@ def _bind(call: BlockCall, make: _Make) -> _Bound:
 
     def run(now: BlockCall) -> Tensor:
         """The intermediates of a sub-batch are freed and used again by the next; the last step writes the result."""
-        x, identity = now.x.contiguous(memory_format=torch.channels_last), now.identity
-        if identity is not None:
-            identity = identity.contiguous(memory_format=torch.channels_last)
+        x, identity = _channels_last(now)
+        n = x.shape[0]
         if size == n:
             return chain(x, identity, None)
-        out = torch.empty(outputs[-1], dtype=x.dtype, memory_format=torch.channels_last)
+        out = torch.empty(out_shape, dtype=x.dtype, memory_format=torch.channels_last)
         for at in range(0, n, size):
             part = slice(at, at + size)
             chain(x[part], None if identity is None else identity[part], out[part])
@@ -78,13 +52,49 @@ def _bind(call: BlockCall, make: _Make) -> _Bound:
     return run
 
 
-def _shapes(call: BlockCall) -> list[tuple[int, ...]]:
-    """The input shape of every convolution of the main path."""
-    shapes = [tuple(call.x.shape)]
-    for conv in call.convs[:-1]:
-        shapes.append(_output_shape(conv, shapes[-1]))
-    return shapes
+def supports_cpu(call: BlockCall) -> str | None:
+    convs = call.convs if call.shortcut is None else (*call.convs, call.shortcut)
+    return next((reason for conv in convs if (reason := cpu_convolution.refused(call.x, conv))), None)
 
 
-def _output_shape(conv: ConvBN, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[0], conv.weight.shape[0], *conv.output_size(shape[2], shape[3]))
+def bind_cpu(call: BlockCall) -> _Bound:
+    """The whole chain in one call of the compiled library."""
+    size, inputs, out_shape = _sizes(call)
+    convs, dtype = call.convs, call.x.dtype
+    if call.shortcut is not None:
+        convs, inputs = (*convs, call.shortcut), [*inputs, inputs[0]]
+    steps = [
+        Convolution(conv, cpu_convolution.method_for(conv, dtype, (size, *shape[1:])))
+        for conv, shape in zip(convs, inputs, strict=True)
+    ]
+    arguments, projects = _joined(steps), call.shortcut is not None
+    op = torch.ops.resnet_fused_cpu.block.default
+
+    def run(now: BlockCall) -> Tensor:
+        x, identity = _channels_last(now)
+        out = torch.empty(out_shape, dtype=dtype, memory_format=torch.channels_last)
+        if not op(x, *arguments, projects, identity, out, size):
+            op(x, *_joined([step.exact() for step in steps]), projects, identity, out, size)
+        return out
+
+    return run
+
+
+def _joined(steps: list[Convolution]) -> tuple[list[Tensor], list[int]]:
+    return [t for step in steps for t in step.packed], [i for step in steps for i in step.geometry]
+
+
+def _channels_last(call: BlockCall) -> tuple[Tensor, Tensor | None]:
+    identity = call.identity
+    if identity is not None:
+        identity = identity.contiguous(memory_format=torch.channels_last)
+    return call.x.contiguous(memory_format=torch.channels_last), identity
+
+
+def _sizes(call: BlockCall) -> tuple[int, list[tuple[int, ...]], tuple[int, ...]]:
+    """Images of a sub-batch, the input shape of every convolution of the main path, and the shape of the output."""
+    shapes: list[tuple[int, ...]] = [tuple(call.x.shape)]
+    for conv in call.convs:
+        shapes.append(output_shape(conv, shapes[-1]))
+    largest = max(c * h * w for _, c, h, w in shapes[1:])
+    return onednn.sub_batch(call.x.shape[0], largest * call.x.element_size()), shapes[:-1], shapes[-1]

@@ -44,6 +44,11 @@ class ConvBN(NamedTuple):
         )
 
 
+def output_shape(conv: ConvBN, shape: tuple[int, ...]) -> Shape:
+    """The shape of the convolution's output for an input of this shape."""
+    return (shape[0], conv.weight.shape[0], *conv.output_size(shape[2], shape[3]))
+
+
 class ConvBNActCall(NamedTuple):
     """One call of conv_bn_act, as the backends receive it: checked, 4-D, pairs expanded."""
 

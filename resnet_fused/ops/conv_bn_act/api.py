@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import backends
-from resnet_fused.ops import library, packed
+from resnet_fused.ops import cpu_convolution, library, packed
 from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, check_call
 from resnet_fused.ops.layout import like_eager
@@ -25,7 +25,9 @@ def call_op(x: Tensor, conv: ConvBN, residual: Tensor | None, act: str, backend:
 def candidates(x: Tensor, conv: ConvBN) -> tuple[str, ...]:
     """The static rule of ``backend="auto"``: backends in the order in which they are tried."""
     if x.device.type == "cpu":
-        return ("cpu", "onednn", "reference") if packed.lasting(conv) else ("reference",)
+        if not packed.lasting(conv):
+            return ("reference",)
+        return ("cpu", "onednn", "reference") if cpu_convolution.pays(x, conv) else ("onednn", "cpu", "reference")
     if x.device.type == "cuda" and x.dtype != torch.float64:
         # A 1x1 convolution is bound by memory, where the fused epilogue pays whole; a larger filter by arithmetic,
         # where cuDNN's kernels are the safer choice until a tuning table says otherwise. Its fused 7x7 has been seen

@@ -1,0 +1,228 @@
+#include "conv_bn_act/cpu.h"
+
+#include "conv_bn_act/direct.h"
+#include "conv_bn_act/winograd.h"
+
+namespace rf::cpu {
+
+namespace {
+
+constexpr size_t kGeometry = 9;  // integers of a convolution
+
+bool dense(const Tensor& t) {
+  const int64_t c = t.size(1), w = t.size(3) * c;
+  return (c < 2 || t.stride(1) == 1) && (t.size(3) < 2 || t.stride(3) == c) && (t.size(2) < 2 || t.stride(2) == w) &&
+         (t.size(0) < 2 || t.stride(0) == t.size(2) * w);
+}
+
+void check_tensor(const Tensor& t, const char* name, ScalarType dtype, int64_t dimensions) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && t.dim() == dimensions, name, ": got ", shape_text(t),
+                  ", need ", dimensions, " dimensions of the right dtype on the CPU");
+  STD_TORCH_CHECK(dimensions == 4 ? dense(t) : t.is_contiguous(), name, ": its elements are not adjacent");
+}
+
+void check_vector(const Tensor& t, const char* name, int64_t length) {
+  check_tensor(t, name, ScalarType::Float, 1);
+  STD_TORCH_CHECK(t.numel() == length, name, ": got ", shape_text(t));
+}
+
+template <class T>
+T* pointer(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+Convolution read_one(const std::vector<Tensor>& packed, size_t at, const std::vector<int64_t>& geometry) {
+  const auto pair = [&](size_t i) { return Pair{geometry[i], geometry[i + 1]}; };
+  const size_t g = at * kGeometry;
+  return {static_cast<Method>(geometry[g]), packed[3 * at], packed[3 * at + 1], packed[3 * at + 2],
+          pair(g + 1), pair(g + 3), pair(g + 5), pair(g + 7)};
+}
+
+winograd::Problem winograd_problem(const Convolution& conv, const Tensor& x, const OptionalTensor& residual, bool relu,
+                                   const Tensor& out) {
+  return {pointer<const float>(x),
+          pointer<const float>(conv.filters),
+          pointer<const float>(conv.scale),
+          pointer<const float>(conv.bias),
+          residual ? pointer<const float>(*residual) : nullptr,
+          pointer<float>(out),
+          x.size(0), x.size(2), x.size(3), x.size(1), out.size(2), out.size(3), out.size(1),
+          conv.padding[0], conv.padding[1],
+          relu};
+}
+
+direct::Problem direct_problem(const Convolution& conv, const Tensor& x, const OptionalTensor& residual, bool relu,
+                               const Tensor& out) {
+  return {x.data_ptr(),
+          conv.filters.data_ptr(),
+          pointer<const float>(conv.scale),
+          pointer<const float>(conv.bias),
+          residual ? residual->data_ptr() : nullptr,
+          out.data_ptr(),
+          x.size(0), x.size(2), x.size(3), x.size(1), out.size(2), out.size(3), out.size(1),
+          conv.kernel[0], conv.kernel[1], conv.stride[0], conv.stride[1],
+          conv.padding[0], conv.padding[1], conv.dilation[0], conv.dilation[1],
+          relu};
+}
+
+// Raises what does not fit, naming the argument.
+void check(const Convolution& conv, const Tensor& x, const OptionalTensor& residual, const Tensor& out) {
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x: need float32 or bfloat16");
+  check_tensor(x, "x", dtype, 4);
+  check_tensor(out, "out", dtype, 4);
+  for (const int axis : {0, 1}) {
+    STD_TORCH_CHECK(conv.kernel[axis] > 0 && conv.stride[axis] > 0 && conv.padding[axis] >= 0 && conv.dilation[axis] > 0,
+                    "geometry: need sizes above 0");
+    STD_TORCH_CHECK(x.size(2 + axis) + 2 * conv.padding[axis] > conv.dilation[axis] * (conv.kernel[axis] - 1),
+                    "x: got ", shape_text(x), ", smaller than the filter");
+  }
+  const std::vector<int64_t> want = conv.output_sizes({x.size(0), x.size(1), x.size(2), x.size(3)});
+  const int64_t channels = x.size(1), out_channels = want[1];
+  for (int d = 0; d < 4; ++d) STD_TORCH_CHECK(out.size(d) == want[d], "out: got ", shape_text(out));
+  STD_TORCH_CHECK(out_channels % direct::kPanel == 0, "out: need channels in 32s");
+  check_vector(conv.scale, "scale", out_channels);
+  check_vector(conv.bias, "bias", out_channels);
+  int64_t elements = 0;
+  if (conv.method == Method::kWinograd) {
+    STD_TORCH_CHECK(dtype == ScalarType::Float && channels % 16 == 0, "x: need float32 with channels in 16s");
+    const bool right = conv.kernel == Pair{3, 3} && conv.stride == Pair{1, 1} && conv.dilation == Pair{1, 1};
+    STD_TORCH_CHECK(right, "geometry: need 3x3, stride and dilation 1");
+    elements = 16 * channels * out_channels;
+  } else {
+    STD_TORCH_CHECK(conv.method == Method::kDirect, "geometry: there is no such method");
+    const int64_t depth = conv.kernel[0] * conv.kernel[1] * channels;
+    elements = (dtype == ScalarType::Float ? depth : (depth + 1) / 2 * 2) * out_channels;
+  }
+  STD_TORCH_CHECK(conv.filters.is_cpu() && conv.filters.scalar_type() == dtype && conv.filters.is_contiguous() &&
+                      conv.filters.numel() == elements,
+                  "filters: got ", shape_text(conv.filters), ", need ", elements, " elements of x's dtype");
+  if (residual) {
+    check_tensor(*residual, "residual", dtype, 4);
+    for (int d = 0; d < 4; ++d) STD_TORCH_CHECK(residual->size(d) == want[d], "residual: got ", shape_text(*residual));
+  }
+}
+
+}  // namespace
+
+std::vector<Convolution> read(const std::vector<Tensor>& packed, const std::vector<int64_t>& geometry) {
+  const size_t count = packed.size() / 3;
+  STD_TORCH_CHECK(count > 0 && packed.size() == 3 * count && geometry.size() == kGeometry * count,
+                  "packed: got ", packed.size(), " tensors and ", geometry.size(), " integers, need 3 and ", kGeometry,
+                  " for every convolution");
+  std::vector<Convolution> convs;
+  for (size_t i = 0; i < count; ++i) convs.push_back(read_one(packed, i, geometry));
+  return convs;
+}
+
+std::vector<int64_t> Convolution::output_sizes(const std::vector<int64_t>& x) const {
+  const auto size = [&](int axis) {
+    return (x[2 + axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) / stride[axis] + 1;
+  };
+  return {x[0], scale.numel(), size(0), size(1)};
+}
+
+bool convolve(const Convolution& conv, const Tensor& x, const OptionalTensor& residual, bool relu, const Tensor& out,
+              const std::string& isa) {
+  check(conv, x, residual, out);
+  if (conv.method == Method::kWinograd) {
+    winograd::Run* const run = winograd::kernel(isa);
+    STD_TORCH_CHECK(run, "isa: this CPU lacks ", isa.empty() ? "AVX2" : isa);
+    return winograd::convolve(winograd_problem(conv, x, residual, relu, out), run);
+  }
+  const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
+  direct::Run* const run = direct::kernel(bf16, isa);
+  STD_TORCH_CHECK(run, "isa: this CPU lacks ", !isa.empty() ? isa : bf16 ? "AVX512_BF16" : "AVX2");
+  direct::convolve(direct_problem(conv, x, residual, relu, out), bf16, run);
+  return true;
+}
+
+namespace {
+
+// [K/32, 16, C, 32] from [K, C, 3, 3]: G·g·Gᵀ in float64, rounded once.
+Tensor winograd_filters(const Tensor& weight) {
+  constexpr int64_t kPanel = winograd::kPanel;
+  STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Float && weight.dim() == 4 &&
+                      weight.size(2) == 3 && weight.size(3) == 3 && weight.size(0) % kPanel == 0,
+                  "weight: got ", shape_text(weight), ", need float32 [K, C, 3, 3] with K in 32s");
+  const int64_t channels = weight.size(1), panels = weight.size(0) / kPanel;
+  const Tensor filters = torch::stable::empty({panels, 16, channels, kPanel}, ScalarType::Float);
+  const float* const from = pointer<const float>(weight);
+  float* const to = pointer<float>(filters);
+  const std::array<int64_t, 4> stride{weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+  torch::stable::parallel_for(0, panels * channels, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t panel = item / channels, c = item % channels;
+      for (int64_t lane = 0; lane < kPanel; ++lane) {
+        const int64_t k = panel * kPanel + lane;
+        double t[4][3];
+        for (int64_t j = 0; j < 3; ++j) {
+          double g[3];
+          for (int64_t i = 0; i < 3; ++i) g[i] = from[k * stride[0] + c * stride[1] + i * stride[2] + j * stride[3]];
+          t[0][j] = g[0], t[3][j] = g[2];
+          t[1][j] = 0.5 * (g[0] + g[1] + g[2]), t[2][j] = 0.5 * (g[0] - g[1] + g[2]);
+        }
+        for (int64_t i = 0; i < 4; ++i) {
+          const double u[4] = {t[i][0], 0.5 * (t[i][0] + t[i][1] + t[i][2]), 0.5 * (t[i][0] - t[i][1] + t[i][2]),
+                               t[i][2]};
+          for (int64_t j = 0; j < 4; ++j) {
+            to[((panel * 16 + 4 * i + j) * channels + c) * kPanel + lane] = static_cast<float>(u[j]);
+          }
+        }
+      }
+    }
+  });
+  return filters;
+}
+
+std::string instructions(bool bf16) {
+  if (bf16) return direct::kernel(true, "") ? "avx512bf16" : "";
+  return direct::kernel(false, "avx512") ? "avx512" : direct::kernel(false, "avx2") ? "avx2" : "";
+}
+
+void boxed_filters(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  give(stack, winograd_filters(arguments.tensor()));
+}
+
+void boxed_conv(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const Tensor x = arguments.tensor();
+  const auto packed = arguments.read<std::vector<Tensor>>();
+  const auto geometry = arguments.read<std::vector<int64_t>>();
+  const OptionalTensor residual = arguments.optional_tensor();
+  const bool relu = arguments.read<bool>();
+  const Tensor out = arguments.tensor();
+  const std::string isa = arguments.text();
+  const std::vector<Convolution> convs = read(packed, geometry);
+  STD_TORCH_CHECK(convs.size() == 1, "packed: need one convolution");
+  stack[0] = torch::stable::detail::from(convolve(convs[0], x, residual, relu, out, isa));
+}
+
+void boxed_instructions(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  stack[0] = torch::stable::detail::from(instructions(arguments.read<bool>()));
+}
+
+}  // namespace
+
+}  // namespace rf::cpu
+
+// packed holds filters, scale and bias of every convolution, geometry its integers (see cpu.h). The answer is that of
+// rf::cpu::convolve.
+STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
+  m.def(
+      "conv_bn_act(Tensor x, Tensor[] packed, int[] geometry, Tensor? residual, bool relu, Tensor(a!) out, str isa='') "
+      "-> bool");
+  m.def("winograd_filters(Tensor weight) -> Tensor");
+  m.def("instructions(bool bf16=False) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
+  m.impl("conv_bn_act", &rf::cpu::boxed_conv);
+  m.impl("winograd_filters", &rf::cpu::boxed_filters);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
+  m.impl("instructions", &rf::cpu::boxed_instructions);
+}

@@ -1,0 +1,29 @@
+// The convolutions that this project computes on the CPU itself, between tensors: conv_bn_act with packed parameters.
+#pragma once
+
+#include "common/torch.h"
+
+namespace rf::cpu {
+
+enum class Method : int64_t { kDirect, kWinograd };
+
+// A convolution with its batch norm: what the method made of the weight; float32 [K] that multiply and add to the sums.
+struct Convolution {
+  Method method;
+  Tensor filters, scale, bias;
+  Pair kernel, stride, padding, dilation;
+
+  std::vector<int64_t> output_sizes(const std::vector<int64_t>& x) const;
+};
+
+// Convolutions from what the operators take: filters, scale and bias of each, and nine integers, the method and then
+// the pairs in the order above.
+std::vector<Convolution> read(const std::vector<Tensor>& packed, const std::vector<int64_t>& geometry);
+
+// out = act(conv(x)·scale + bias + residual), all of them dense in channels_last; residual may be out itself. Raises what
+// does not fit, naming the argument. isa: the instructions to use, or "" for the widest. False: an output is not finite
+// and the method's transforms may be why, so that the direct sum has to be asked.
+bool convolve(const Convolution& conv, const Tensor& x, const OptionalTensor& residual, bool relu, const Tensor& out,
+              const std::string& isa);
+
+}  // namespace rf::cpu

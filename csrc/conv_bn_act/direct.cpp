@@ -1,0 +1,66 @@
+#include "conv_bn_act/direct.h"
+
+#include <algorithm>
+
+#include "common/torch.h"
+
+namespace rf::direct {
+
+namespace {
+
+// Pixels that a thread takes at a time: what the kernel multiplies at once; more where the filters are larger than the
+// second-level cache, which then pass by more rarely.
+constexpr int64_t kPixels = 14;
+constexpr int64_t kLargeFilters = 512 << 10;  // bytes
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+Run* kernel(bool bf16, const std::string& isa) {
+#ifdef __x86_64__
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma");
+  if (bf16) {
+    const bool able = avx512 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
+    return (isa.empty() || isa == "avx512bf16") && able ? &avx512bf16::run : nullptr;
+  }
+  if ((isa.empty() || isa == "avx512") && avx512) return &avx512::run;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if ((isa.empty() || isa == "avx2") && avx2) return &avx2::run;
+#endif
+  return nullptr;
+}
+
+void convolve(const Problem& problem, bool bf16, Run* run) {
+  const int64_t pixels = problem.pixels(), panels = problem.out_channels / kPanel;
+  if (pixels == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t element = bf16 ? 2 : 4;
+  const int64_t filters = problem.depth() * problem.out_channels * element;
+  const int64_t image = problem.images * problem.height * problem.width * problem.channels * element;
+  // Filters larger than the images are shared out, each thread reading its part once; else the pixels are.
+  int64_t shares = filters > image ? std::min(panels, threads) : 1;
+  const int64_t most = filters / shares > kLargeFilters ? kMostPixels : kPixels;
+  int64_t blocks = divide_up(pixels, most);
+  if (shares == 1) {
+    blocks = std::min(pixels, divide_up(blocks, threads) * threads);
+    if (pixels < threads * kPixels / 2) shares = std::min(panels, divide_up(threads, blocks));
+  }
+  const int64_t block = divide_up(pixels, blocks), share = divide_up(panels, shares);
+  blocks = divide_up(pixels, block);
+
+  const int64_t room = divide_up(buffer_floats(block, share), 16) * 16;
+  const Tensor buffers = torch::stable::empty({room * threads}, ScalarType::Float);
+  torch::stable::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
+    uint32_t thread = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+    float* const buffer = static_cast<float*>(buffers.data_ptr()) + room * thread;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t pixel = item % blocks * block, panel = item / blocks * share;
+      const int64_t count = std::min(share, panels - panel);
+      if (count > 0) run(problem, pixel, std::min(block, pixels - pixel), panel, count, buffer);
+    }
+  });
+}
+
+}  // namespace rf::direct

@@ -1,0 +1,248 @@
+// A convolution on the CPU as the sum is written, channels_last: a matrix product of the pixels' windows with the
+// filters, in float32 or of bfloat16 with sums in float32, with batch norm, residual and ReLU applied to the sums while
+// they are in registers.
+//
+// A thread takes a few pixels at a time. It copies a part of their windows side by side (rows of a buffer that stays in
+// the first-level cache), and multiplies it with the same part of the filters of 32 output channels after 32, which
+// pass by once. The sums of parts are added up in the buffer, which rounds less than one long sum does.
+//
+// Included once per instruction set, with RF_ISA the name of its namespace, RF_LANES the floats of its vectors and
+// RF_BF16 the element: bfloat16 or float.
+#pragma once
+
+#if RF_BF16
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+#include "conv_bn_act/direct.h"
+
+namespace rf::direct::RF_ISA {
+
+namespace {
+
+using Index = int64_t;
+
+typedef float Vector __attribute__((vector_size(RF_LANES * 4), aligned(4), may_alias));
+
+constexpr int kLanes = RF_LANES;
+
+inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
+inline void store(float* at, Vector value) { *reinterpret_cast<Vector*>(at) = value; }
+inline Vector zero() { return Vector{}; }
+
+#if RF_BF16
+using Element = uint16_t;
+
+inline void add_product(Vector& sum, const float* left, Vector right) {
+  int32_t pair;
+  std::memcpy(&pair, left, sizeof pair);
+  sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)right);
+}
+inline Vector load(const Element* at) {
+  typedef Element Halves __attribute__((vector_size(32), aligned(2), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(at), Words) << 16);
+}
+inline void store(Element* at, Vector value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh((__m512)value));
+}
+#else
+using Element = float;
+
+inline void add_product(Vector& sum, const float* left, Vector right) { sum += *left * right; }
+#endif
+
+constexpr Index kAhead = 32;  // units of filters to fetch ahead: one page
+constexpr Index kElements = sizeof(float) / sizeof(Element);  // of a unit
+
+// As many registers for sums as leave room for the right side and one broadcast.
+#if RF_LANES == 16
+constexpr int kRows = 14, kColumns = 2;
+#else
+constexpr int kRows = 6, kColumns = 2;
+#endif
+
+// An output pixel's window: where it begins in its image, borders included.
+struct Window {
+  const Element* image;
+  Index row, column;
+};
+
+void find_windows(const Problem& p, Index first, Index count, Window* windows) {
+  Index x = first % p.out_width, y = first / p.out_width % p.out_height;
+  const Index size = p.height * p.width * p.channels;
+  const Element* image = static_cast<const Element*>(p.x) + first / (p.out_width * p.out_height) * size;
+  for (Index i = 0; i < count; ++i) {
+    windows[i] = {image, y * p.stride_height - p.pad_height, x * p.stride_width - p.pad_width};
+    if (++x < p.out_width) continue;
+    x = 0;
+    if (++y < p.out_height) continue;
+    y = 0, image += size;
+  }
+}
+
+// Copies whole vectors, beyond count where `end` allows to read there: what is written there too is not yet filled.
+inline void copy(Element* to, const Element* from, Index count, const Element* end) {
+  constexpr Index kStep = kLanes * kElements;
+  const Index whole = end - from < (count + kStep - 1) / kStep * kStep ? count / kStep * kStep : count;
+  Index i = 0;
+  for (; i < whole; i += kStep) {
+    store(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+  }
+  if (i < count) std::memcpy(to + i, from + i, (count - i) * sizeof(Element));
+}
+
+// Elements [begin, begin + count) of each window, side by side. Where taps lie side by side in the image (no dilation
+// along it), a row of the filter is one run of elements; else each tap is one.
+void copy_windows(const Problem& p, const Window* windows, Index pixels, Index begin, Index count, Element* to) {
+  const bool adjacent = p.dilate_width == 1;
+  const Index across = adjacent ? 1 : p.kernel_width, length = (adjacent ? p.kernel_width : 1) * p.channels;
+  const Element* const end = static_cast<const Element*>(p.x) + p.images * p.height * p.width * p.channels;
+  Index run = begin / length, first = begin % length;  // first: of the run
+  for (; count > 0; ++run, first = 0) {
+    const Index last = count < length - first ? first + count : length;
+    const Index down = run / across * p.dilate_height, right = run % across * p.dilate_width;
+    for (Index i = 0; i < pixels; ++i) {
+      const Index r = windows[i].row + down, c = windows[i].column + right;
+      Element* const row = to + i * kStride * kElements;
+      const Element* const from = windows[i].image + (r * p.width + c) * p.channels;
+      if (r < 0 || r >= p.height) {
+        std::memset(row, 0, (last - first) * sizeof(Element));
+      } else if (c >= 0 && c * p.channels + last <= p.width * p.channels) {
+        copy(row, from + first, last - first, end);
+      } else {  // a part of the run lies inside
+        Index low = c < 0 ? -c * p.channels : 0, high = c < p.width ? (p.width - c) * p.channels : 0;
+        low = low < first ? first : low > last ? last : low;
+        high = high < low ? low : high > last ? last : high;
+        std::memset(row, 0, (low - first) * sizeof(Element));
+        if (low < high) std::memcpy(row + low - first, from + low, (high - low) * sizeof(Element));
+        std::memset(row + high - first, 0, (last - high) * sizeof(Element));
+      }
+    }
+    to += last - first, count -= last - first;
+  }
+}
+
+struct Part {
+  Index units;
+  bool first, last;
+};
+
+// sums, or at the last part the output, of ROWS pixels in COLUMNS·lanes channels. out and residual point at these
+// channels of the first of the pixels, which lie K elements apart; sums lie 32 apart.
+template <int ROWS, int COLUMNS>
+inline void multiply(const Problem& p, const Part& part, const float* left, const float* right, float* sums, Index offset,
+                     Index channel) {
+  Vector sum[ROWS][COLUMNS];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; ++j) sum[r][j] = zero();
+  }
+  const Element* const residual = p.residual ? static_cast<const Element*>(p.residual) + offset : nullptr;
+  Element* const out = static_cast<Element*>(p.out) + offset;
+  if (part.last) {
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < COLUMNS; ++j) __builtin_prefetch(out + r * p.out_channels + j * kLanes, 1);
+    }
+    if (residual) {
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+        for (int j = 0; j < COLUMNS; ++j) __builtin_prefetch(residual + r * p.out_channels + j * kLanes);
+      }
+    }
+  }
+  for (Index i = 0; i < part.units; ++i, right += kPanel) {
+    Vector filters[COLUMNS];
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; ++j) {
+      filters[j] = load(right + j * kLanes);
+      __builtin_prefetch(right + kAhead * kPanel + j * kLanes);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < COLUMNS; ++j) add_product(sum[r][j], left + r * kStride + i, filters[j]);
+    }
+  }
+  if (!part.first) {
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < COLUMNS; ++j) sum[r][j] += load(sums + r * kPanel + j * kLanes);
+    }
+  }
+  if (!part.last) {
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < COLUMNS; ++j) store(sums + r * kPanel + j * kLanes, sum[r][j]);
+    }
+    return;
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < COLUMNS; ++j) {
+    const Vector scale = load(p.scale + channel + j * kLanes), bias = load(p.bias + channel + j * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const Index at = r * p.out_channels + j * kLanes;
+      Vector value = sum[r][j] * scale + bias;
+      if (residual) value += load(residual + at);
+      if (p.relu) value = value < zero() ? zero() : value;
+      store(out + at, value);
+    }
+  }
+}
+
+template <int ROWS>
+void multiply_rows(Index rows, const Problem& p, const Part& part, const float* left, const float* right, float* sums,
+                   Index offset, Index channel) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) {
+      for (int j = 0; j < kPanel; j += kColumns * kLanes) {
+        multiply<ROWS, kColumns>(p, part, left, right + j, sums + j, offset + j, channel + j);
+      }
+    } else {
+      multiply_rows<ROWS - 1>(rows, p, part, left, right, sums, offset, channel);
+    }
+  }
+}
+
+}  // namespace
+
+// See direct.h.
+void run(const Problem& p, Index first_pixel, Index pixels, Index first_panel, Index panels, float* buffer) {
+  float* const left = buffer;
+  float* const sums = buffer + pixels * kStride;
+  const Index depth = p.depth(), units = (depth + kElements - 1) / kElements;
+  const Index parts = (units + kUnits - 1) / kUnits, step = (units + parts - 1) / parts;
+  const Index tiles = (pixels + kRows - 1) / kRows;
+  Window windows[kMostPixels];
+  find_windows(p, first_pixel, pixels, windows);
+  for (Index at = 0; at < units; at += step) {
+    const Part part{units - at < step ? units - at : step, at == 0, at + step >= units};
+    const Index begin = at * kElements, count = part.last ? depth - begin : part.units * kElements;
+    copy_windows(p, windows, pixels, begin, count, reinterpret_cast<Element*>(left));
+    if (count < part.units * kElements) {
+      for (Index r = 0; r < pixels; ++r) reinterpret_cast<Element*>(left + r * kStride)[count] = 0;
+    }
+    for (Index panel = first_panel; panel < first_panel + panels; ++panel) {
+      // All panels of one part lie together: they are read in this order.
+      const float* const right = static_cast<const float*>(p.filters) + (at * (p.out_channels / kPanel) + panel * part.units) * kPanel;
+      float* const waiting = sums + (panel - first_panel) * pixels * kPanel;
+      for (Index tile = 0; tile < tiles; ++tile) {
+        const Index r = tile * pixels / tiles, rows = (tile + 1) * pixels / tiles - r;
+        multiply_rows<kRows>(rows, p, part, left + r * kStride, right, waiting + r * kPanel,
+                             (first_pixel + r) * p.out_channels + panel * kPanel, panel * kPanel);
+      }
+    }
+  }
+}
+
+}  // namespace rf::direct::RF_ISA

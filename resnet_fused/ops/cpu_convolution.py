@@ -1,0 +1,152 @@
+"""Convolutions on the CPU by the compiled library's own kernels, with batch norm, residual and ReLU in the same pass.
+
+Two methods (csrc/conv_bn_act): the sum as it is written, in float32, or of bfloat16 in float32; and for 3x3 filters of
+stride 1 in float32 Winograd's F(2x2, 3x3), whose 16 multiplications stand for 36. Its sums are shorter than direct
+ones, so the rounding error is of the same size.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused import extension
+from resnet_fused.ops import packed
+from resnet_fused.ops.convbn import ConvBN, output_shape
+
+_MEBIBYTE = 1 << 20
+_PANEL = 32  # output channels computed together
+_BF16_PRODUCTS = 300_000_000  # in 3x3 filters: a block of ResNet-18 on one 224x224 image has 231 million
+_UNITS = 256  # of a sum taken at a time, of 32 bits each; see csrc/conv_bn_act/direct.h
+
+
+class Method(enum.IntEnum):
+    """How a convolution is computed; the numbers are those of csrc/conv_bn_act/cpu.h."""
+
+    DIRECT = 0
+    WINOGRAD = 1
+
+
+_CACHES = {method: packed.new_cache() for method in Method}
+
+
+def refused(x: Tensor, conv: ConvBN) -> str | None:
+    """Why the kernels do not compute ``conv`` of an input like x, or None."""
+    if x.device.type != "cpu":
+        return f"its kernels run on the CPU, x is on {x.device}"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"its kernels compute float32 and bfloat16, not {x.dtype}"
+    reason = unavailable()
+    if reason is None and conv.groups != 1:
+        reason = f"its kernels compute convolutions of one group, not {conv.groups}"
+    if reason is None and conv.weight.shape[0] % _PANEL:
+        reason = f"its kernels need output channels in multiples of {_PANEL}, got {conv.weight.shape[0]}"
+    if reason is None and x.dtype == torch.bfloat16 and not instructions(bf16=True):
+        reason = "its bfloat16 kernels need AVX512_BF16, which this CPU lacks"
+    return reason
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why no kernel can run in this process, or None."""
+    reason = extension.missing()
+    if reason is None and not instructions():
+        reason = "its kernels need AVX2, which this CPU lacks"
+    return reason
+
+
+@functools.cache
+def instructions(*, bf16: bool = False) -> str:
+    """The vector instructions used here: "avx512", "avx2" or, for bfloat16, "avx512bf16"; "" where there are none."""
+    extension.module()
+    return torch.ops.resnet_fused_cpu.instructions(bf16)  # type: ignore[no-any-return]
+
+
+def method_for(conv: ConvBN, dtype: torch.dtype, shape: tuple[int, ...]) -> Method:
+    """The faster method for an input of this shape."""
+    geometry = (tuple(conv.weight.shape[2:]), conv.stride, conv.dilation)
+    if dtype != torch.float32 or geometry != ((3, 3), (1, 1), (1, 1)) or shape[1] % 16:
+        return Method.DIRECT
+    n, _, height, width = output_shape(conv, shape)
+    tiles = n * -(-height // 2) * -(-width // 2)
+    # The transformed filters are read once per block of tiles: few tiles pay for that only from a cache near by.
+    few = tiles < 8 or (tiles < 48 and conv.weight.shape[0] * shape[1] * 64 > _MEBIBYTE)
+    return Method.DIRECT if few else Method.WINOGRAD
+
+
+def pays(x: Tensor, *convs: ConvBN) -> bool:
+    """Whether to choose these kernels rather than oneDNN's for a chain of convolutions: the static rule of "auto".
+
+    In float32 always. In bfloat16, where there is no Winograd, oneDNN's 3x3 kernels are up to a tenth faster, since
+    they leave out the taps that lie in the border; what a chain saves here, calls and passes, is more for little work.
+    """
+    if x.dtype != torch.bfloat16:
+        return True
+    shape, work = tuple(x.shape), 0
+    for conv in convs:
+        shape = output_shape(conv, shape)
+        if tuple(conv.weight.shape[2:]) == (3, 3):
+            work += conv.weight.numel() * shape[0] * shape[2] * shape[3]
+    return work < _BF16_PRODUCTS
+
+
+class Convolution:
+    """One convolution with its batch norm, bound to its packed weights; channels_last in and out.
+
+    It is right as long as the tensors of ``conv`` are alive and not written to; it does not keep them.
+
+    Args:
+        isa: the instructions to use, one of :func:`instructions`; "" for the widest.
+    """
+
+    def __init__(self, conv: ConvBN, method: Method, isa: str = "") -> None:
+        self._fields = [weakref.ref(field) if isinstance(field, Tensor) else field for field in conv]
+        self._channels, self._isa, self.method = conv.weight.shape[0], isa, method
+        self.packed: list[Tensor] = packed.packed(_CACHES[method], conv, _PREPARE[method])
+        self.geometry = [int(method), *conv.weight.shape[2:], *conv.stride, *conv.padding, *conv.dilation]
+
+    def __call__(self, x: Tensor, residual: Tensor | None, act: str, out: Tensor | None = None) -> Tensor:
+        """The result, in ``out`` where it is given. ``residual`` is not written to."""
+        if out is None:
+            conv = ConvBN._make(field() if isinstance(field, weakref.ref) else field for field in self._fields)
+            size = output_shape(conv, x.shape)
+            out = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+        op = torch.ops.resnet_fused_cpu.conv_bn_act.default
+        if not op(x, self.packed, self.geometry, residual, act == "relu", out, self._isa):
+            self.exact()(x, residual, act, out)
+        return out
+
+    def exact(self) -> Convolution:
+        """The same by the sum as written: Winograd's transforms spread an infinite value, or NaN, over a tile."""
+        conv = ConvBN._make(field() if isinstance(field, weakref.ref) else field for field in self._fields)
+        return Convolution(conv, Method.DIRECT, self._isa)
+
+
+def _prepare_winograd(conv: ConvBN) -> list[Tensor]:
+    return [torch.ops.resnet_fused_cpu.winograd_filters(conv.weight), *_affine(conv)]
+
+
+def _prepare_direct(conv: ConvBN) -> list[Tensor]:
+    """Filters as csrc/conv_bn_act/direct.h wants them: part by part of the sum, panel by panel of output channels."""
+    channels = conv.weight.shape[0]
+    elements = 4 // conv.weight.element_size()
+    rows = conv.weight.permute(0, 2, 3, 1).reshape(channels, -1)
+    rows = F.pad(rows, (0, -rows.shape[1] % elements))
+    panels = rows.view(channels // _PANEL, _PANEL, -1, elements).permute(0, 2, 1, 3)
+    parts = -(-panels.shape[1] // _UNITS)
+    step = -(-panels.shape[1] // parts)
+    return [torch.cat([part.flatten() for part in panels.split(step, 1)]), *_affine(conv)]
+
+
+def _affine(conv: ConvBN) -> tuple[Tensor, Tensor]:
+    """What batch norm and the convolution's bias do to the sums, found in float64."""
+    scale, bias = packed.affine(conv, torch.float64)
+    return scale.float(), bias.float()
+
+
+_PREPARE = {Method.DIRECT: _prepare_direct, Method.WINOGRAD: _prepare_winograd}

@@ -1,0 +1,262 @@
+"""The compiled library's convolutions on the CPU: values, edges, NaN, memory, threads, refusals."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import resnet_fused as rf
+from resnet_fused import backends
+from resnet_fused.ops import cpu_convolution, onednn
+from resnet_fused.ops.conv_bn_act import api, reference
+from resnet_fused.ops.convbn import ConvBNActCall
+from resnet_fused.ops.cpu_convolution import Convolution, Method
+from resnet_fused.testing.budget import assert_within_budget
+from resnet_fused.testing.cases import ConvCase, double, in_format
+
+FLOAT, HALF = torch.float32, torch.bfloat16
+DIRECT, WINOGRAD = Method
+
+# What this CPU can run: method, dtype, instructions.
+_ISAS = {"avx512": ("avx512", "avx2"), "avx2": ("avx2",), "": ()}[cpu_convolution.instructions()]
+WAYS = [(method, FLOAT, isa) for method in Method for isa in _ISAS]
+if cpu_convolution.instructions(bf16=True):
+    WAYS.append((DIRECT, HALF, "avx512bf16"))
+every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way[0].name}-{way[2]}".lower())
+
+Way = tuple[Method, torch.dtype, str]
+
+BOTH = (
+    ConvCase(1, 16, 9, 8, 32, kernel=3, padding=1),
+    ConvCase(2, 48, 7, 11, 96, kernel=3, padding=1, residual=True),
+    ConvCase(3, 64, 8, 8, 64, kernel=3, padding=1, residual=True, act="none", bias=True),
+    ConvCase(1, 32, 10, 9, 32, kernel=3, affine=False, bias=True),
+    ConvCase(1, 16, 5, 3, 32, kernel=3, padding=3, act="none"),
+    ConvCase(1, 16, 1, 33, 32, kernel=3, padding=1, residual=True),
+    ConvCase(2, 256, 14, 14, 256, kernel=3, padding=1),
+    ConvCase(3, 512, 7, 7, 512, kernel=3, padding=1, residual=True),
+)
+DIRECT_ALONE = (
+    ConvCase(2, 3, 33, 30, 64, kernel=7, stride=2, padding=3),
+    ConvCase(2, 64, 9, 9, 32),
+    ConvCase(1, 1, 9, 9, 32, kernel=3, padding=1),
+    ConvCase(1, 7, 9, 9, 32, bias=True, residual=True),
+    ConvCase(2, 64, 9, 10, 32, stride=2, act="none"),
+    ConvCase(1, 48, 12, 11, 64, kernel=3, stride=2, padding=1, residual=True),
+    ConvCase(2, 20, 9, 13, 32, kernel=3, padding=2, dilation=2),
+    ConvCase(1, 20, 8, 9, 32, kernel=2, padding=1, stride=2),
+    ConvCase(1, 2048, 7, 7, 512),
+    ConvCase(1, 1024, 2, 2, 2048, residual=True),
+)
+CASES = [(way, case) for way in WAYS for case in (BOTH if way[0] is WINOGRAD else BOTH + DIRECT_ALONE)]
+
+
+def run(call: ConvBNActCall, way: Way, out: Tensor | None = None) -> Tensor:
+    method, _, isa = way
+    return Convolution(call.conv, method, isa)(call.x, call.residual, call.act, out)
+
+
+def assert_right(call: ConvBNActCall, out: Tensor) -> None:
+    other = reference.run(in_format(call, torch.contiguous_format))
+    assert_within_budget(out, reference.run(call), reference.run(double(call)), other)
+
+
+@pytest.mark.parametrize(
+    ("way", "case"), CASES, ids=lambda v: v.id() if isinstance(v, ConvCase) else f"{v[0].name}-{v[2]}"
+)
+def test_cases(way: Way, case: ConvCase) -> None:
+    call = case.make(way[1])
+    assert_right(call, run(call, way))
+    # One that it cannot get right by chance: a single one goes through every filter tap and reaches no other image.
+    call.x.zero_()
+    call.x[-1, case.c // 2, case.h // 2, case.w // 2] = 1
+    assert_right(call, run(call, way))
+
+
+@given(data=st.data())
+def test_any_size(data: st.DataObject) -> None:
+    draw = data.draw
+    way = draw(st.sampled_from(WAYS))
+    direct = way[0] is DIRECT
+    case = ConvCase(
+        n=draw(st.integers(1, 3)),
+        c=draw(st.integers(1, 40)) if direct else 16 * draw(st.integers(1, 3)),
+        h=draw(st.integers(3, 18)),
+        w=draw(st.integers(3, 18)),
+        k=32 * draw(st.integers(1, 3)),
+        kernel=draw(st.sampled_from([1, 2, 3])) if direct else 3,
+        stride=draw(st.integers(1, 3)) if direct else 1,
+        dilation=draw(st.integers(1, 2)) if direct else 1,
+        padding=draw(st.integers(1, 2)),
+        residual=draw(st.booleans()),
+        act=draw(st.sampled_from(["relu", "none"])),
+    )
+    call = case.make(way[1], seed=draw(st.integers(0, 99)))
+    assert_right(call, run(call, way))
+
+
+@every_way
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_nan_and_infinities_stand_where_eager_has_them(special: float, way: Way) -> None:
+    for where in ("x", "residual"):
+        call = ConvCase(2, 32, 9, 9, 32, kernel=3, padding=1, residual=True).make(way[1])
+        tensor = call.x if where == "x" else call.residual
+        assert tensor is not None
+        tensor[1, 3, 4, 4] = special
+        eager, out = reference.run(call), run(call, way)
+        assert torch.equal(out.isnan(), eager.isnan()) and torch.equal(out.isinf(), eager.isinf())
+        rounding = {FLOAT: 1e-5, HALF: 0.03}[way[1]]
+        torch.testing.assert_close(out, eager, equal_nan=True, rtol=rounding, atol=rounding)
+
+
+@every_way
+def test_reads_and_writes_nothing_beside_its_tensors(way: Way) -> None:
+    call = ConvCase(2, 32, 7, 9, 32, kernel=3, padding=1, residual=True).make(way[1])
+    assert call.residual is not None
+
+    def walled(tensor: Tensor) -> Tensor:
+        """A copy in the middle of a buffer of NaN."""
+        n, c, h, w = tensor.shape
+        buffer = torch.full((n + 2, h, w, c), float("nan"), dtype=tensor.dtype)
+        buffer[1:-1] = tensor.permute(0, 2, 3, 1)
+        return buffer.permute(0, 3, 1, 2)[1:-1]
+
+    out = walled(torch.zeros_like(call.residual))
+    got = run(call._replace(x=walled(call.x), residual=walled(call.residual)), way, out)
+    assert got.data_ptr() == out.data_ptr() and got.isfinite().all()
+    assert torch.equal(got, run(call, way))
+    around = out.as_strided((4, 7, 9, 32), (7 * 9 * 32, 9 * 32, 32, 1), 0)
+    assert around[0].isnan().all() and around[-1].isnan().all()
+
+
+@every_way
+def test_any_number_of_threads_gives_the_same(way: Way) -> None:
+    few = ConvCase(2, 128, 3, 3, 128, kernel=3, padding=1)  # filters larger than the images: channels are shared out
+    for case in (ConvCase(3, 64, 10, 13, 128, kernel=3, padding=1, residual=True), few):
+        call = case.make(way[1])
+        before, results = torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 3, 7, 64):
+                torch.set_num_threads(threads)
+                results.append(run(call, way))
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@every_way
+def test_an_image_gives_the_same_alone_and_among_others(way: Way) -> None:
+    call = ConvCase(3, 64, 10, 13, 128, kernel=3, padding=1).make(way[1])
+    alone = run(call._replace(x=call.x[1:2]), way)
+    assert torch.equal(run(call, way)[1:2], alone)
+
+
+@every_way
+def test_weights_are_packed_anew_after_a_write(way: Way) -> None:
+    call = BOTH[0].make(way[1])
+    before = run(call, way)
+    with torch.no_grad():
+        call.conv.weight.mul_(2)
+    assert_right(call, run(call, way))
+    assert not torch.equal(before, run(call, way))
+
+
+def method_for(case: ConvCase, dtype: torch.dtype = FLOAT) -> Method:
+    call = case.make(dtype)
+    return cpu_convolution.method_for(call.conv, dtype, call.x.shape)
+
+
+def test_winograd_is_chosen_where_it_is_right_and_pays() -> None:
+    assert method_for(BOTH[1]) is WINOGRAD
+    assert method_for(BOTH[1], HALF) is DIRECT
+    assert method_for(ConvCase(1, 512, 7, 7, 512, kernel=3, padding=1)) is DIRECT  # 16 tiles for 16 MB of filters
+    assert method_for(ConvCase(1, 24, 9, 9, 32, kernel=3, padding=1)) is DIRECT
+    assert {method_for(case) for case in DIRECT_ALONE} == {DIRECT}
+
+
+BLOCKS = {
+    "basic": lambda: rf.FusedBasicBlock(32, 32),
+    "basic, projection": lambda: rf.FusedBasicBlock(32, 64, 2, projection(32, 64, 2)),
+    "bottleneck": lambda: rf.FusedBottleneck(128, 32),
+    "bottleneck, projection": lambda: rf.FusedBottleneck(64, 32, 2, projection(64, 128, 2)),
+    "shortcut of another kind": lambda: rf.FusedBasicBlock(32, 32, 1, nn.MaxPool2d(1)),
+}
+
+
+def projection(inputs: int, outputs: int, stride: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+@pytest.mark.parametrize("dtype", list(dict.fromkeys(way[1] for way in WAYS)), ids=str)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_block_is_one_call_of_the_library(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    block = BLOCKS[kind]().eval()
+    for norm in block.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.normal_(norm.running_mean)
+    for parameter in block.parameters():  # no gradients, so that the block runs as one
+        parameter.requires_grad_(False)
+    block.to(dtype)
+    channels = next(m for m in block.modules() if isinstance(m, nn.Conv2d)).in_channels
+    x = torch.randn(5, channels, 9, 7).to(dtype)
+    eager = rf.unfuse(block)
+    monkeypatch.setattr(onednn, "SUB_BATCH_BYTES", 2 * 9 * 7 * 128 * x.element_size())  # two images, two, and one
+    block._fused = dataclasses.replace(block._fused, backend="cpu")
+    with torch.no_grad():
+        out = block(x)
+        exact = copy.deepcopy(eager).double()(x.double())
+        assert_within_budget(out, eager(x), exact, eager(x.contiguous(memory_format=torch.channels_last)))
+        x[1, 3, 4, 4] = float("inf")
+        torch.testing.assert_close(block(x), eager(x), equal_nan=True, rtol=0.05, atol=0.05)
+        assert torch.equal(block(x).isnan(), eager(x).isnan())
+
+
+REFUSED = {
+    "one group, not 2": (ConvCase(1, 32, 9, 9, 32, kernel=3, groups=2, padding=1), FLOAT),
+    "multiples of 32, got 48": (ConvCase(1, 32, 9, 9, 48, kernel=3, padding=1), FLOAT),
+    "float32 and bfloat16, not torch.float16": (BOTH[0], torch.float16),
+    "float32 and bfloat16, not torch.float64": (BOTH[0], torch.float64),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refusals_say_why(reason: str) -> None:
+    case, dtype = REFUSED[reason]
+    with pytest.raises(backends.BackendError, match=reason):
+        api.compute(case.make(dtype), "cpu")
+
+
+def test_unsound_calls_of_the_kernel_itself_are_refused() -> None:
+    call = BOTH[0].make(FLOAT)
+    out = torch.empty(1, 32, 9, 8).to(memory_format=torch.channels_last)
+    op = torch.ops.resnet_fused_cpu.conv_bn_act
+    for method in Method:
+        convolution = Convolution(call.conv, method)
+        packed, geometry = convolution.packed, convolution.geometry
+        assert op(call.x, packed, geometry, None, True, out)
+        filters, scale, bias = packed
+        for name, arguments in {
+            "x: its": (call.x.contiguous(), packed, geometry, None, True, out),
+            "x: ": (call.x.double(), packed, geometry, None, True, out),
+            "filters": (call.x, [filters[..., :15], scale, bias], geometry, None, True, out),
+            "out": (call.x, [filters, scale[:16], bias], geometry, None, True, out),
+            "bias": (call.x, [filters, scale, bias[:16]], geometry, None, True, out),
+            "packed": (call.x, [filters, scale], geometry, None, True, out),
+            "geometry": (call.x, packed, [*geometry[:3], 0, *geometry[4:]], None, True, out),
+            "no such method": (call.x, packed, [7, *geometry[1:]], None, True, out),
+            "smaller than the filter": (call.x[:, :, :1, :1], packed, [*geometry[:5], 0, 0, 1, 1], None, True, out),
+            "residual": (call.x, packed, geometry, out[:, :, 1:], True, out),
+            "out: got": (call.x, packed, geometry, None, True, out[:, :, 1:]),
+            "scale": (call.x, [filters, scale.double(), bias], geometry, None, True, out),
+            "sse9": (call.x, packed, geometry, None, True, out, "sse9"),
+        }.items():
+            with pytest.raises(RuntimeError, match=name):
+                op(*arguments)
