@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,22 +17,26 @@ from resnet_fused.training.data import TensorImages, digits
 CHOICES: tuple[str | None, ...] = (None, *RECOMPUTE)
 
 
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
+def saved_bytes(model: Callable[..., Tensor], *inputs: Tensor, own: Iterable[Tensor] | None = None) -> int:
     """Bytes that one forward pass keeps for the backward pass, each storage once; parameters and buffers do not count.
 
-    The output counts in any case, as what comes next keeps it.
+    The output counts in any case, as what comes next keeps it. ``own`` are the parameters and buffers where ``model``
+    is no module.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    if own is None:
+        assert isinstance(model, nn.Module)
+        own = (*model.parameters(), *model.buffers())
+    kept = {t.untyped_storage().data_ptr() for t in own}
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in kept:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(x)
+        output = model(*inputs)
     if not output.requires_grad:
         raise ValueError("model: nothing in it wants a gradient")
     pack(output)
