@@ -118,7 +118,7 @@ def test_compiled_ops(library: str) -> None:
         [sys.executable, str(HERE / "compiled_ops.py"), library], capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["conv_bn_act", "specials", "blocks", "refusals"]
+    assert done.stdout.split() == ["conv_bn_act", "specials", "blocks", "padding_as_wide_as_the_filter", "refusals"]
 
 
 def test_compiled_ops_on_random_problems(library: str) -> None:

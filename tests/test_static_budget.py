@@ -31,15 +31,19 @@ def test_nothing_spills(rows: list[Resources]) -> None:
 # plan refuses it there.
 BOTTLENECKS = {
     "mid64_c256_resident": (0, 1, 1, 0),
-    "mid64_c256": (1, 2, 2, 1),
+    "mid64_c256": (1, 1, 1, 1),
+    "mid64_c256_small": (1, 2, 2, 1),
     "mid64_c64_project_resident": (0, 1, 1, 0),
     "mid64_c64_project": (1, 1, 1, 1),
+    "mid64_c64_project_small": (2, 2, 2, 1),
     "mid64_c256_project": (1, 1, 1, 0),
     "mid128_c512": (1, 1, 1, 0),
-    "mid128_c512_small": (1, 1, 1, 1),
+    "mid128_c512_small": (1, 1, 1, 0),
+    "mid128_c512_tight": (1, 1, 1, 1),
     "mid128_c256_project": (0, 1, 1, 0),
     "mid128_c256_project_small": (1, 1, 1, 0),
-    "mid128_c256_stride2": (1, 1, 1, 0),
+    "mid128_c256_stride2": (0, 1, 1, 0),
+    "mid128_c256_stride2_small": (1, 1, 1, 0),
 }
 
 
