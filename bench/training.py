@@ -20,7 +20,7 @@ from rich.table import Table
 from run import main as suites
 
 import resnet_fused as rf
-from resnet_fused.testing.training import Digits, Run, learn, twins
+from resnet_fused.testing.training import Run, learn, small_digits, twins
 
 COLOURS = {"eager": "#8a8f98", "fused": "#1f77b4", "fused, activations": "#2ca02c", "fused, last_conv": "#d62728"}
 
@@ -28,9 +28,9 @@ COLOURS = {"eager": "#8a8f98", "fused": "#1f77b4", "fused, activations": "#2ca02
 def digits(epochs: int, folder: Path, device: torch.device, out: Console) -> bool:
     """Eager and fused from one seed; whether they learn alike."""
     torch.manual_seed(0)
-    data, runs = Digits.load(), {}
+    data, runs = small_digits(), {}
     for name, model in twins(rf.resnet20().to(device)).items():
-        runs[name] = learn(model, data, epochs)
+        runs[name] = learn(model, *data, epochs)
     eager = runs["eager"]
     title = f"resnet20 on handwritten digits, {epochs} epochs, {device.type}, float32"
     table = Table("run", "last loss", "accuracy", "running statistics", title=title)

@@ -101,12 +101,6 @@ SMALL = ("--size", "16", "--device", "cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def one_name_for_this_file(monkeypatch):
-    """MODEL names this very module object, whichever way pytest imported it."""
-    monkeypatch.setitem(sys.modules, __name__, sys.modules[Tiny.__module__])
-
-
 @pytest.fixture
 def wrong_reference(monkeypatch):
     """The reference backend, which eager does not use, forgets β."""

@@ -67,6 +67,15 @@ def test_bottlenecks_hold_what_they_are_planned_for(rows: list[Resources]) -> No
         assert {name: tuple(found[f"{half}_{name}"]) for name in BOTTLENECKS} == BOTTLENECKS
 
 
+def test_batch_norm_is_launched_as_often_as_it_fits(rows: list[Resources]) -> None:
+    """The plan gives a multiprocessor two blocks with vectors of 16 bytes, four where elements move one by one."""
+    found = {row.kernel: row.blocks for row in rows if "_norm_" in row.kernel and row.architecture.number == 120}
+    assert len(found) == 3 * (4 * 4 + 2)
+    for row in rows:
+        if "_norm_" in row.kernel:
+            assert row.blocks >= (2 if row.kernel.endswith(("last8", "last4", "nchw8", "nchw4")) else 4), row
+
+
 def test_matrix_kernels_hide_latency(rows: list[Resources]) -> None:
     """At least eight warps to a multiprocessor, two for each of its four schedulers."""
     assert [row for row in rows if row.blocks and row.blocks * row.threads < 256] == []

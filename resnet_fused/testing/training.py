@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import resnet_fused
 from resnet_fused.ops.residual_block import RECOMPUTE
 from resnet_fused.testing.eager import eager_copy
+from resnet_fused.training.data import TensorImages, digits
 
 CHOICES: tuple[str | None, ...] = (None, *RECOMPUTE)
 
@@ -42,56 +43,41 @@ def saved_bytes(model: Callable[..., Tensor], *inputs: Tensor, own: Iterable[Ten
     return sum(found.values())
 
 
-class Digits(NamedTuple):
-    """scikit-learn's handwritten digits, ``[N, 3, 16, 16]`` in float32, a fifth of each digit held out."""
-
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-    @classmethod
-    def load(cls, seed: int = 0) -> Digits:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        images, labels = load_digits(return_X_y=True)
-        parts = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=seed)
-        train, test, train_y, test_y = map(torch.from_numpy, parts)
-
-        def image(flat: Tensor) -> Tensor:
-            x = F.interpolate(flat.float().view(-1, 1, 8, 8), scale_factor=2, mode="bilinear", align_corners=False)
-            return ((x - 4.9) / 5.2).repeat(1, 3, 1, 1)  # mean and deviation of the data set
-
-        return cls(image(train), train_y, image(test), test_y)
+def small_digits() -> tuple[TensorImages, TensorImages]:
+    """Handwritten digits ``[N, 3, 16, 16]``, as they are, to learn and to be tested on."""
+    data = digits(16, 0, augment=False)
+    assert isinstance(data.train, TensorImages) and isinstance(data.val, TensorImages)
+    return data.train, data.val
 
 
 class Run(NamedTuple):
-    """How one model learnt: the loss of every step, accuracy on the held-out digits, the running statistics."""
+    """How one model learnt: the loss of every step, accuracy on the test images, the running statistics."""
 
     losses: list[float]
     accuracy: float
     statistics: dict[str, Tensor]
 
 
-def learn(model: nn.Module, digits: Digits, epochs: int = 3, *, batch: int = 64, rate: float = 0.05) -> Run:
-    """Train ``model`` in place by SGD with momentum, the digits in an order that is the same in every call."""
+def learn(
+    model: nn.Module, train: TensorImages, test: TensorImages, epochs: int = 3, *, batch: int = 64, rate: float = 0.05
+) -> Run:
+    """Train ``model`` in place by SGD with momentum, the images in an order that is the same in every call."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
     device = next(model.parameters()).device
     losses = []
     model.train()
     for _ in range(epochs):
-        for chosen in torch.randperm(len(digits.train_y), generator=generator).split(batch):
-            loss = F.cross_entropy(model(digits.train_x[chosen].to(device)), digits.train_y[chosen].to(device))
+        for chosen in torch.randperm(len(train), generator=generator).split(batch):
+            loss = F.cross_entropy(model(train.x[chosen].to(device)), train.y[chosen].to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
     model.eval()
     with torch.inference_mode():
-        predicted = model(digits.test_x.to(device)).argmax(1).cpu()
-    accuracy = float((predicted == digits.test_y).double().mean())
+        predicted = model(test.x.to(device)).argmax(1).cpu()
+    accuracy = float((predicted == test.y).double().mean())
     return Run(losses, accuracy, {name: buffer.detach().cpu() for name, buffer in model.named_buffers()})
 
 

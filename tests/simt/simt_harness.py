@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -82,6 +83,14 @@ def call(*arguments: str) -> str:
 
 def run(command: str, values: dict[str, object], tensors: dict[str, Tensor | None], out: str) -> tuple[str, bytes]:
     """Run ``command`` on the raw bytes of ``tensors``; give what it printed and the bytes of tensor ``out``."""
+    text, found = run_many(command, values, tensors, (out,))
+    return text, found.get(out, b"")
+
+
+def run_many(
+    command: str, values: dict[str, object], tensors: dict[str, Tensor | None], outs: Iterable[str]
+) -> tuple[str, dict[str, bytes]]:
+    """As ``run``, with the bytes of every tensor of ``outs`` that there is."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines = [f"{key} {value}" for key, value in values.items()]
@@ -90,8 +99,8 @@ def run(command: str, values: dict[str, object], tensors: dict[str, Tensor | Non
             if tensor is not None:
                 (folder / f"{key}.bin").write_bytes(to_bytes(tensor))
         text = call(command, name)
-        path = folder / f"{out}.bin"
-        return text, path.read_bytes() if path.exists() else b""
+        paths = {name: folder / f"{name}.bin" for name in outs}
+        return text, {name: path.read_bytes() for name, path in paths.items() if path.exists()}
 
 
 def to_bytes(tensor: Tensor) -> bytes:
