@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from run import DTYPES
 
 from resnet_fused import registry
-from resnet_fused.testing.bench import cases, contenders
+from resnet_fused.cli.common import DTYPES
+from resnet_fused.testing.bench import contenders, suites
 
 DEFAULT = ("eager NCHW", "eager channels_last", "fused")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("resnet_fused")
-    group.addoption("--suite", choices=cases.SUITES, default="blocks")
+    group.addoption("--suite", choices=suites.SUITES, default="blocks")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--batch", type=int, default=8)
     group.addoption("--dtype", choices=tuple(DTYPES), default="float32")
-    group.addoption("--model", nargs="+", help="torchvision's names (default: those of the suite)")
-    group.addoption("--size", type=int, default=224, help="height and width of the images")
+    group.addoption("--model", nargs="+", help="as in resnet-fused bench (default: those of the suite)")
+    group.addoption("--size", type=int, help="height and width of the images (default: the model's own)")
     group.addoption("--case", default="", help="only cases whose id contains this text")
-    group.addoption("--contender", nargs="+", default=list(DEFAULT), help="names as in run.py's tables, or 'all'")
+    group.addoption("--contender", nargs="+", default=list(DEFAULT), help="as in resnet-fused bench, or 'all'")
     group.addoption("--load", action="append", default=[], help="import first: a FILE.py or MODULE with backends")
 
 
@@ -33,14 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     device = torch.device(option("--device"))
-    present, absent = contenders.table(device)
-    names = list(present) if option("--contender") == ["all"] else option("--contender")
-    for name in names:
-        if name not in present:
-            raise pytest.UsageError(
-                f"--contender {name}: {absent.get(name, 'unknown')}. Here are: {', '.join(present)}"
-            )
-    found = cases.cases(
+    wanted = option("--contender")
+    try:
+        names = list(contenders.choose(device, () if wanted == ["all"] else wanted)[0])
+    except ValueError as error:
+        raise pytest.UsageError(f"--contender {error}") from None
+    found = suites.cases(
         option("--suite"),
         batches=[option("--batch")],
         dtypes=[DTYPES[option("--dtype")]],

@@ -103,7 +103,8 @@ def pictures(rows: list[Row]) -> list[Picture]:
         some_rows = [r for r in timed if (r["dtype"], r["cache"]) == (dtype, cache) and float(r["flops"] or 0) > 0]
         if some_rows:
             title = f"Roofline: {dtype}, cache {cache}"
-            found.append(Picture(_name("roofline", dtype, cache), title, _roofline(some_rows, title, styles)))
+            caption = f"{title}. FLOPs are those of the direct sum: what needs fewer (Winograd) may lie above the line."
+            found.append(Picture(_name("roofline", dtype, cache), caption, _roofline(some_rows, title, styles)))
     for dtype, cache in dict.fromkeys((r["dtype"], r["cache"]) for r in timed if r["suite"] == "models"):
         some_rows = [r for r in timed if (r["suite"], r["dtype"], r["cache"]) == ("models", dtype, cache)]
         title = f"Images per second by batch size: {dtype}, cache {cache}"
@@ -113,7 +114,9 @@ def pictures(rows: list[Row]) -> list[Picture]:
         for row in timed:
             if (row["suite"], row["dtype"]) == (suite, dtype) and float(row["peak_bytes"] or 0) > 0:
                 peaks.setdefault(row["case"], {})[row["contender"]] = float(row["peak_bytes"]) / 2**20
-        title = f"Memory at its peak, beyond weights and inputs, MiB: {suite}, {dtype}"
+        kept = any("kept for the gradient" in row["note"] for row in timed if row["suite"] == suite)
+        title = "Kept for the gradient" if kept else "Memory at its peak, beyond weights and inputs"
+        title += f", MiB: {suite}, {dtype}"
         found.append(Picture(_name("memory", suite, dtype), title, _dots(peaks, title, "", styles, None)))
     return found
 
@@ -177,8 +180,8 @@ def _roofline(rows: list[Row], title: str, styles: Styles):
             low, high = min(ridge, *(x for x, _ in reached)) / 1.5, max(ridge, *(x for x, _ in reached)) * 1.5
             axes.plot([low, ridge, high], [low * bandwidth / 1e9, rate / 1e9, rate / 1e9], color=theme.ink,
                       linewidth=1.4, zorder=2)  # fmt: skip
-            axes.annotate(f"matrix product {rate / 1e9:.4g} GFLOP/s", (high, rate / 1e9), (-4, 5), fontsize=8,
-                          textcoords="offset points", ha="right", color=theme.ink)  # fmt: skip
+            axes.annotate(f"matrix product {rate / 1e9:.4g} GFLOP/s", (ridge, rate / 1e9), (4, 5), fontsize=8,
+                          textcoords="offset points", ha="left", color=theme.ink)  # fmt: skip
             axes.annotate(f"copy {bandwidth / 1e9:.4g} GB/s", (low, low * bandwidth / 1e9), (14, 0), fontsize=8,
                           textcoords="offset points", va="top", ha="left", color=theme.ink)  # fmt: skip
         axes.set_xscale("log")
@@ -240,9 +243,9 @@ def _plain(axes, theme: Theme) -> None:
 def _numbers(axis, limits: tuple[float, float], unit: str) -> None:
     """Ticks at 1, 2 and 5 times powers of ten, closer where the axis is short, as plain numbers."""
     low, high = limits
-    steps = (1, 2, 5) if high / low > 3 else (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
-    if high / low > 200:
-        steps = (1,)
+    steps: tuple[float, ...] = (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    for least, fewer in ((3, (1, 1.5, 2, 3, 5, 7)), (15, (1, 2, 5)), (1000, (1,))):
+        steps = fewer if high / low > least else steps
     places = [s * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for s in steps]
     axis.set_ticks([place for place in places if low <= place <= high])
     axis.set_minor_locator(NullLocator())

@@ -94,10 +94,10 @@ def _means(rows: Sequence[Row]) -> str:
         for contender, ratio in ratios.items():
             groups.setdefault((contender, suite, dtype, cache), []).append(ratio)
     lines = [
-        (contender, [*key, contender], [f"{summary.geometric_mean(values):.3f}", str(len(values))])
+        (contender, [key[0], contender, *key[1:]], [f"{summary.geometric_mean(values):.3f}", str(len(values))])
         for (contender, *key), values in groups.items()
     ]
-    headings = ("suite", "dtype", "cache", "contender")
+    headings = ("suite", "contender", "dtype", "cache")
     body = [(is_ours(contender), "", words, numbers, "") for contender, words, numbers in lines]
     title = "<h2>Geometric mean: times faster than the faster eager layout</h2>"
     return title + _table(headings, ("× eager", "cases"), (), body)

@@ -3,6 +3,7 @@
 // In a Python process the package resnet_fused registers these ops itself, with its own choice among more backends; then
 // this file registers nothing. Loaded before the package, the library's ops stay, and the package adds its rules for
 // autograd, autocast and fake tensors to them.
+#include <algorithm>
 #include <memory>
 
 #include "block/block.h"
@@ -43,6 +44,12 @@ bool window_in_padding(const ConvBN& conv) {
     if (conv.padding[i] > conv.dilation[i] * (conv.weight.size(2 + i) - 1)) return true;
   }
   return false;
+}
+
+bool window_in_padding(const Block& block) {
+  const auto in_padding = [](const ConvBN& conv) { return window_in_padding(conv); };
+  return std::any_of(block.convs.begin(), block.convs.end(), in_padding) ||
+         (block.shortcut && window_in_padding(*block.shortcut));
 }
 
 Tensor convolve(const Tensor& x, const ConvBN& conv, const OptionalTensor& residual, bool relu,
@@ -95,7 +102,7 @@ void block_op(StableIValue* stack, uint64_t, uint64_t) {
   const Block block = read_block(arguments, DEPTH);
   const std::string backend = arguments.text();
   check_block(block);
-  if (block.x.is_cpu() && by_onednn(block.x, backend, "block")) {
+  if (block.x.is_cpu() && by_onednn(block.x, backend, "block") && !window_in_padding(block)) {
     return give(stack, laid_out(onednn::run(block), block_layout(block)));
   }
 #ifdef RF_CUDA

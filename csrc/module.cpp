@@ -104,6 +104,9 @@ py::list bottleneck_kernels() {
     row["steps"] = kernel.steps;
     row["chunk_bytes"] = kernel.chunk_bytes;
     row["threads"] = rf::bottleneck::kThreads;
+    row["products"] = kernel.products;
+    row["fragments"] = kernel.fragments;
+    row["regions"] = kernel.regions;
     row["shared"] = kernel.shared_bytes;
     row["blocks"] = kernel.blocks;
     row["template"] = kernel.parameters;
@@ -114,21 +117,22 @@ py::list bottleneck_kernels() {
 
 using ConvSizes = std::tuple<Sizes, Pair, Pair, Pair, int64_t>;  // weight, stride, padding, dilation, groups
 
-// The kernel that computes a bottleneck of these sizes where a block may have this much shared memory, and None; or ""
-// and the reason why there is none.
+// The kernel that computes a bottleneck of these sizes on a device of so many multiprocessors whose blocks may have this
+// much shared memory, and None; or "" and the reason why there is none.
 std::pair<std::string, std::optional<std::string>> bottleneck_choice(const Sizes& x,
                                                                      const std::array<ConvSizes, 3>& convs,
                                                                      const std::optional<ConvSizes>& shortcut,
-                                                                     bool bf16, int shared_limit) {
+                                                                     bool bf16, int shared_limit, int multiprocessors) {
   using namespace rf::bottleneck;
   const auto read = [](const ConvSizes& conv) { return std::make_from_tuple<ConvShape>(conv); };
   const ConvShape shapes[3] = {read(convs[0]), read(convs[1]), read(convs[2])};
   const ConvShape projection = shortcut ? read(*shortcut) : ConvShape{};
   Shape shape{bf16 ? Element::kBF16 : Element::kFP16, 0, 0, 0, 0, false};
   const char* reason = read_shape(shape, x[1], shapes, shortcut ? &projection : nullptr);
-  if (!reason) reason = sizes_refusal(x[0], x[2], x[3]);
+  const rf::bottleneck::Sizes sizes{x[0], x[2], x[3]};
+  if (!reason) reason = sizes_refusal(sizes);
   if (reason) return {"", reason};
-  const Kernel kernel = kernel_for(shape, shared_limit, &reason);
+  const Kernel kernel = kernel_for(shape, sizes, {multiprocessors, shared_limit, shared_limit}, &reason);
   if (kernel == Kernel::kCount) return {"", reason};
   return {info(kernel).name, std::nullopt};
 }

@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: the cores a
 hypothesis.settings.register_profile(
     "default", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
-hypothesis.settings.register_profile("nightly", deadline=None, max_examples=500)
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=500, derandomize=False, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 DEVICES = ["cpu", "cuda"]

@@ -65,6 +65,20 @@ def test_numbers(shape: tuple[int, int, bool, int], size: tuple[int, int, int], 
     assert torch.equal(triton.run(other), triton.run(call))
 
 
+@pytest.mark.parametrize(
+    ("shape", "size"), [((64, 64, True, 1), (2, 9, 6)), ((512, 128, False, 1), (1, 9, 5))], ids=str
+)
+def test_numbers_with_other_architectures_configs(
+    shape: tuple[int, int, bool, int], size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from resnet_fused.ops.bottleneck import triton_config
+
+    chosen = triton_config.config
+    assert chosen(shape[1], shape[3], 80) != chosen(shape[1], shape[3], 90)
+    monkeypatch.setattr(triton_config, "config", lambda mid, stride, capability: chosen(mid, stride, 80))
+    test_numbers(shape, size, torch.bfloat16)
+
+
 def test_what_it_refuses() -> None:
     from resnet_fused.ops.bottleneck import triton
 
@@ -79,35 +93,40 @@ def test_what_it_refuses() -> None:
 
 
 COMPILE = """
-import sys
-from resnet_fused.ops.bottleneck import triton_kernel
+from resnet_fused.ops.bottleneck import triton_config, triton_kernel
+from resnet_fused.ops.conv_bn_act.triton_config import shared_limit
 from resnet_fused.testing.triton_compile import resource_usage
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-for cin, mid, stride, project, tile in ((256, 64, 1, 0, (8, 16)), (64, 64, 1, 1, (8, 16)), (256, 128, 2, 1, (8, 8))):
-    constants = {"CIN": cin, "MID": mid, "STRIDE": stride, "PROJECT": project, "TILE_H": tile[0], "TILE_W": tile[1],
-                 "HALO_H": (tile[0] - 1) * stride + 3, "HALO_W": (tile[1] - 1) * stride + 3, "BK": 64, "BN": 64}
-    names = triton_kernel.bottleneck.arg_names
-    for name in names:  # what is absent is a constant, as it is in a launch
-        if name.startswith("bias") or (not project and name in ("wp", "meanp", "varp", "gammap", "betap")):
-            constants[name] = None
-    sizes = ("tiles", "tiles_h", "tiles_w", "h", "w", "p", "q", "x_n", "x_h", "x_w")
-    types = {name: "fp32" if name.startswith("eps") else "i32" if name in sizes else "*bf16" for name in names}
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name] == "*bf16" or name in ("x_n", "x_h", "x_w")]
-    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(triton_kernel.bottleneck, signature, constants, attrs)
-    options = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    usage = resource_usage(compiled.asm["cubin"])
-    assert usage["STACK"] == usage["LOCAL"] == 0, usage
-    assert "wgmma.mma_async" in compiled.asm["ptx"]
+MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+for cin, mid, stride, project in ((256, 64, 1, 0), (64, 64, 1, 1), (256, 64, 1, 1), (512, 128, 1, 0), (256, 128, 1, 1),
+                                  (256, 128, 2, 1)):
+    for capability, matrix in MATRIX.items():
+        config = triton_config.config(mid, stride, capability)
+        constants = triton_config.constants(cin, mid, stride, project, config)
+        names = triton_kernel.bottleneck.arg_names
+        for name in names:  # what is absent is a constant, as it is in a launch
+            if name.startswith("bias") or (not project and name in ("wp", "meanp", "varp", "gammap", "betap")):
+                constants[name] = None
+        sizes = ("tiles", "tiles_h", "tiles_w", "h", "w", "p", "q", "x_n", "x_h", "x_w")
+        types = {name: "fp32" if name.startswith("eps") else "i32" if name in sizes else "*bf16" for name in names}
+        signature = {name: "constexpr" if name in constants else types[name] for name in names}
+        aligned = [i for i, name in enumerate(names) if signature[name] == "*bf16" or name in ("x_n", "x_h", "x_w")]
+        attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
+        source = ASTSource(triton_kernel.bottleneck, signature, constants, attrs)
+        options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        usage = resource_usage(compiled.asm["cubin"])
+        what = (cin, mid, stride, project, capability, usage, compiled.metadata.shared)
+        assert usage["STACK"] == usage["LOCAL"] == 0, what
+        assert compiled.metadata.shared <= shared_limit(capability), what
+        assert matrix in compiled.asm["ptx"], what
 """
 
 
-def test_it_compiles_to_wgmma_without_spills() -> None:
+def test_it_compiles_for_every_architecture_without_spills() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE], env=environment, capture_output=True,
                             text=True, cwd=ROOT)  # fmt: skip

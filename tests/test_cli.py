@@ -14,9 +14,12 @@ from torch import nn
 
 import resnet_fused as rf
 from resnet_fused import backends
+from resnet_fused.cli import bench as bench_command
 from resnet_fused.cli import main
 from resnet_fused.ops.conv_bn_act import reference
+from resnet_fused.roofline import Device
 from resnet_fused.testing import models
+from resnet_fused.testing.bench import environment, program, suites
 from resnet_fused.testing.compare import check, fused_parts
 from resnet_fused.testing.eager import eager_copy
 from resnet_fused.testing.statistics import calibrate
@@ -96,12 +99,6 @@ HERE = f"{__name__}:"
 SMALL = ("--size", "16", "--device", "cpu")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def one_name_for_this_file(monkeypatch):
-    """MODEL names this very module object, whichever way pytest imported it."""
-    monkeypatch.setitem(sys.modules, __name__, sys.modules[Tiny.__module__])
 
 
 @pytest.fixture
@@ -289,41 +286,69 @@ def test_calibrated_norms_normalise():
     assert norm.bias.std() > 0.05
 
 
-def test_bench_json(capsys):
-    assert main(["bench", f"{HERE}tiny", *SMALL, "--batch", "2", "--repeats", "3", "--json"]) == 0
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """``resnet-fused bench`` into a folder of the test's own, with rates that are not measured."""
+    rates = Device("here", {torch.float32: 1e11, torch.bfloat16: 2e11}, 2e10)
+    monkeypatch.setattr(program, "measure_rates", lambda *args: rates)
+    monkeypatch.setattr(environment, "commit", lambda root: "0123")
+    return ["bench", "--results", str(tmp_path), "--repeats", "3"]
+
+
+def test_bench_of_a_users_model_and_again_from_the_file(capsys, bench):
+    command = [*bench, f"{HERE}tiny", *SMALL, "--batch", "2", "--contender", "eager", "fused", "fused NCHW"]
+    assert main([*command, "--json"]) == 0
     facts = printed(capsys)
-    assert facts["ok"]
-    assert list(facts["milliseconds"]) == ["eager NCHW", "eager channels_last", "fused NCHW", "fused channels_last"]
-    for timing in facts["milliseconds"].values():
-        assert 0 < timing["p20"] <= timing["p50"] <= timing["p80"]
-    assert max(facts["speedup"][name] for name in ("eager NCHW", "eager channels_last")) == 1
+    assert facts["ok"] and facts["added"] == 4
+    assert {row["contender"]: row["status"] for row in facts["rows"]} == {
+        "eager NCHW": "ok", "eager channels_last": "ok", "fused": "ok", "fused NCHW": "ok"
+    }  # fmt: skip
+    for row in facts["rows"]:
+        assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+        assert row["commit"] == "0123" and row["device"] and row["model"] == f"{HERE}tiny"
+    assert main([*command, "--json"]) == 0
+    again = printed(capsys)
+    assert again["added"] == 0 and again["rows"] == facts["rows"]
+    assert main([*command, "--fresh"]) == 0
+    assert "4 rows added" in capsys.readouterr().out
 
 
-def test_bench_prints_a_table(capsys):
-    assert main(["bench", f"{HERE}tiny", *SMALL, "--batch", "2", "--repeats", "2"]) == 0
-    assert "images/s" in capsys.readouterr().out
+def test_bench_prints_a_table_and_every_contender_has_its_place(capsys, bench):
+    command = [*bench, "resnet20", "--size", "16", "--batch", "2", "--contender"]
+    names = ["eager", "folded channels_last", "fused", "fused NCHW", "fused[onednn]", "fused[reference]"]
+    assert main([*command, *names]) == 0
+    out = capsys.readouterr().out
+    for text in ("× eager", "images/s", "fused[reference]", "geometric mean, float32"):
+        assert text in out, text
+    assert main([*command, "eager", "fused"]) == 0
+    out = capsys.readouterr().out
+    assert "resnet20-fp32-N2-C3x16x16" in out and "× fused" in out
 
 
-def test_a_red_gate_prints_no_speed(capsys, monkeypatch):
-    module = importlib.import_module("resnet_fused.cli.bench")
-    monkeypatch.setattr(module, "interleaved", lambda *args, **kwargs: pytest.fail("timed behind a red gate"))
-    spoil = rf.fuse
+def test_a_red_gate_prints_no_speed(capsys, bench, monkeypatch):
+    fuse = rf.fuse
 
-    def fuse(model, **options):
-        fused = spoil(model, **options)
+    def spoiled(model, **options):
+        fused = fuse(model, **options)
         with torch.no_grad():
             fused.stem.bias += 0.1
         return fused
 
-    monkeypatch.setattr(rf, "fuse", fuse)
-    assert main(["bench", f"{HERE}tiny", *SMALL, "--json"]) == 1
+    monkeypatch.setattr(rf, "fuse", spoiled)
+    command = [*bench, f"{HERE}tiny", *SMALL, "--batch", "1", "--contender", "eager", "fused"]
+    assert main([*command, "--json"]) == 1
     facts = printed(capsys)
     assert not facts["ok"]
-    assert "milliseconds" not in facts
-    assert main(["bench", f"{HERE}tiny", *SMALL]) == 1
+    assert {row["contender"]: bool(row["p50_ms"]) for row in facts["rows"]} == {
+        "eager NCHW": True, "eager channels_last": True, "fused": False
+    }  # fmt: skip
+    assert main(command) == 1
     out = capsys.readouterr().out
-    assert "FAILED" in out
-    assert "images/s" not in out
+    assert "RED, not timed" in out and "│   RED │" in out
+
+
+def test_the_suites_are_those_of_the_harness():
+    assert bench_command.SUITES == suites.SUITES
 
 
 def test_timing_takes_turns():
@@ -352,8 +377,11 @@ def test_timing_takes_turns():
         (["check", f"{HERE}broken"], "calling it raised KeyError: 'no such layer'"),
         (["check", ":x"], "package.module:callable"),
         (["bench", "resnet20", "--batch", "0"], "got '0', need an integer of at least 1"),
-        (["bench", f"{HERE}instance", "--size", "1"], "does not run on an input (8, 3, 1, 1)"),
-        (["bench", "resnet20", "--batch", str(10**12)], "does not run on an input (1000000000000, 3, 32, 32)"),
+        (["bench", f"{HERE}instance", "--size", "1", "--json"], "does not run on an input (8, 3, 1, 1)"),
+        (["check", "resnet20", "--batch", str(10**12)], "does not run on an input (1000000000000, 3, 32, 32)"),
+        (["bench", "resnet5O"], "close: resnet"),
+        (["bench", "resnet20", "--contender", "onyx"], "onyx: unknown. Here are: eager, peers"),
+        (["bench", "resnet20", "--case", "layer9"], "no case of models has 'layer9' in its name"),
         (["check", "resnet20", "--seed", str(2**63)], "need an integer from 0 to 2**63 - 1"),
         (["check", "resnet20", "--seed", "-1"], "got '-1'"),
         (["check", f"{HERE}Wrapped", *SMALL], "eager raised TypeError: the output is a SimpleNamespace"),
@@ -370,7 +398,7 @@ def test_timing_takes_turns():
         ([], "required"),
     ],
 )
-def test_errors_are_one_line(capsys, argv, text):
+def test_errors_are_one_line(capsys, bench, argv, text):
     assert text in refused(capsys, *argv)
 
 

@@ -53,7 +53,15 @@ def test_module_and_library_load(library: str) -> None:
     assert info["abi_target"] == "torch 2.11"
     assert bool(info["cuda"]) == bool(info["architectures"]) == (build_ext.find_nvcc() is not None)
     if info["cuda"]:
-        for op in ("conv_bn_act", "add_relu", "add_relu_", "relu_backward"):
+        for op in (
+            "conv_bn_act",
+            "add_relu",
+            "add_relu_",
+            "relu_backward",
+            "batch_norm_act",
+            "batch_norm_act_apply",
+            "batch_norm_act_backward",
+        ):
             assert hasattr(torch.ops.resnet_fused_cuda, op)
 
 
@@ -110,7 +118,7 @@ def test_compiled_ops(library: str) -> None:
         [sys.executable, str(HERE / "compiled_ops.py"), library], capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["conv_bn_act", "specials", "blocks", "refusals"]
+    assert done.stdout.split() == ["conv_bn_act", "specials", "blocks", "padding_as_wide_as_the_filter", "refusals"]
 
 
 def test_compiled_ops_on_random_problems(library: str) -> None:

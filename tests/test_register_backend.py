@@ -17,11 +17,12 @@ from torch import Tensor
 
 import resnet_fused as rf
 from resnet_fused import backends
+from resnet_fused.cli import main
 from resnet_fused.ops.add_relu import reference as add_relu
 from resnet_fused.ops.block import run_chain
 from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.roofline import Device
-from resnet_fused.testing.bench import store
+from resnet_fused.testing.bench import program, store
 from resnet_fused.testing.bench.machine import Machine
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -158,17 +159,26 @@ def plugin(tmp_path: Path) -> str:
 
 def test_the_harness_gates_times_and_draws_it(plugin, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCH))
-    run, plot = importlib.import_module("run"), importlib.import_module("plot")
+    plot = importlib.import_module("plot")
     rates = Device("steady", {torch.float32: 1e12}, 1e11)
-    monkeypatch.setattr(run, "measure_rates", lambda *args: rates)
+    monkeypatch.setattr(program, "measure_rates", lambda *args: rates)
+    monkeypatch.setattr(program, "machine_for", Steady)
     names = ["eager NCHW", "fused", "fused[right]", "fused[wrong]", "fused[picky]"]
-    options = run.parser("", ("kernels",), (1,)).parse_args(
-        [
-            *("--load", plugin, "--device", "cpu", "--dtype", "float32", "--model", "resnet18", "--size", "32"),
-            *("--case", "K64k3s1-res", "--results", str(tmp_path), "--contender", *names),
-        ]
-    )
-    assert run.execute(options, Steady(torch.device("cpu"))) == 1  # one of those asked for is wrong
+    command = [
+        "bench",
+        "--suite",
+        "kernels",
+        "--model",
+        "resnet18",
+        "--load",
+        plugin,
+        "--device",
+        "cpu",
+        "--size",
+        "32",
+    ]
+    command += ["--batch", "1", "--case", "K64k3s1-res", "--results", str(tmp_path), "--contender", *names]
+    assert main(command) == 1  # one of those asked for is wrong
     out = capsys.readouterr().out
     assert "RED, not timed" in out and "fused[wrong]" in out
     (path,) = tmp_path.glob("*.csv")
@@ -183,7 +193,7 @@ def test_the_harness_gates_times_and_draws_it(plugin, tmp_path, monkeypatch, cap
     assert "not today" in by_name["fused[picky]"]["note"]
     assert plot.main([str(path), "--out", str(tmp_path / "out")]) == 0
     assert "fused[right]" in next((tmp_path / "out").glob("*/report.html")).read_text()
-    for name in ("run", "plot", "report"):
+    for name in ("plot", "report"):
         sys.modules.pop(name, None)
 
 

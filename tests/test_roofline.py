@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from resnet_fused import functional, roofline
 from resnet_fused.ops.convbn import ConvBN
+from resnet_fused.roofline import norm
 from resnet_fused.testing.torchvision_compat import import_torchvision
 
 H200, BF16 = roofline.H200, torch.bfloat16
@@ -233,3 +234,21 @@ def test_timm_models(name):
     moved = [counts[level].elements(weights=False) for level in roofline.LEVELS]
     assert moved[0] > moved[1] > moved[2]
     assert len({c.flops for c in counts.values()}) == 1
+
+
+def test_batch_norms_of_resnet50():
+    """The account of batch_norm_act's passes: elements by hand for the stem, projections and the last of each block."""
+    found = norm.norms()
+    assert sum(found.values()) == sum(
+        64 * 112**2 * (stage == 0) + blocks * (2 * width + 4 * width) * side**2 + 4 * width * side**2
+        + (width * (2 * side) ** 2 - width * side**2) * (stage > 0)
+        for stage, (blocks, width, side) in enumerate(((3, 64, 56), (4, 128, 28), (6, 256, 14), (3, 512, 7)))
+    )  # fmt: skip
+    assert found[norm.KINDS[0]] == sum(
+        4 * width * side**2 for width, side in ((64, 56), (128, 28), (256, 14), (512, 7))
+    )
+    for kind in norm.KINDS:
+        ours, theirs = norm.fused(kind), norm.eager(kind)
+        assert all(a.bytes_per_element <= b.bytes_per_element for a, b in zip(ours, theirs, strict=True))
+    assert norm.fused(norm.KINDS[0]) == norm.eager(norm.KINDS[0]) == ((2, 1), (4, 1))
+    assert norm.fused(norm.KINDS[2]) == ((3, 1), (6, 2))

@@ -57,12 +57,6 @@ MODEL = f"{__name__}:tiny"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def one_name_for_this_file(monkeypatch):
-    """MODEL names this very module object, whichever way pytest imported it."""
-    monkeypatch.setitem(sys.modules, __name__, sys.modules[tiny.__module__])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Three classes of coloured noise, ten images each, of sizes that differ."""
@@ -81,10 +75,8 @@ def folder(tmp_path_factory) -> Path:
 def unbroken(folder, tmp_path_factory) -> Path:
     """A run from start to end: 2 epochs of 6 steps."""
     out = tmp_path_factory.mktemp("unbroken")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, __name__, sys.modules[tiny.__module__])
-        torch.set_num_threads(1)
-        assert main(["train", MODEL, str(folder), *SMALL, "--out", str(out)]) == 0
+    torch.set_num_threads(1)
+    assert main(["train", MODEL, str(folder), *SMALL, "--out", str(out)]) == 0
     return out
 
 
@@ -311,6 +303,12 @@ def test_digits_are_learnt_fused_as_eager(tmp_path, capsys):
     assert min(accuracies) > 0.9
 
 
+@pytest.mark.parametrize("choice", ["activations", "last_conv"])
+def test_recomputing_changes_no_weight(choice, folder, unbroken, tmp_path):
+    assert train(folder, tmp_path, "--recompute", choice) == 0
+    assert same_weights(tmp_path, unbroken)
+
+
 def test_transfer_replaces_the_head_and_freezes(folder, tmp_path, capsys):
     torch.manual_seed(3)
     source = tiny()
@@ -364,7 +362,7 @@ def test_weights_that_do_not_serve_are_named(folder, tmp_path, capsys):
         (("--freeze-until", "layer9"), "no part 'layer9' to freeze until; it has conv1, bn1"),
         (("--freeze-until", "conv1"), "nothing in"),
         (("--amp", "fp16"), "--amp fp16: trains on CUDA devices alone"),
-        (("--sync-batchnorm",), "nn.SyncBatchNorm computes on GPUs alone"),
+        (("--recompute", "last_conv", "--eager"), "--recompute: fused blocks do that"),
         (("--workers", "-1"), "--workers -1: need 0 or more"),
         (("--lr", "1e30"), "no longer finite in epoch 1"),
     ],
@@ -387,7 +385,7 @@ def test_a_terminal_sees_a_bar_and_a_line_per_epoch(folder, tmp_path, monkeypatc
 def test_a_wrong_fused_model_turns_it_red(folder, tmp_path, monkeypatch, capsys):
     fuse, calls = rf.fuse, []
 
-    def wrong(model):
+    def wrong(model, **options):
         calls.append(fuse(model))
         if len(calls) == 2:  # the trained one
             calls[-1].fc.bias.data += torch.tensor([99.0, 0.0, 0.0])
@@ -404,12 +402,17 @@ def test_a_model_without_a_classifier(folder, tmp_path, capsys):
     assert "has no linear layer" in capsys.readouterr().err
 
 
-def test_two_processes_train_what_one_does(folder, tmp_path, capsys):
-    """Frozen statistics, no dropout: two processes of batch 2 take the steps of one process of batch 4."""
-    options = ("--freeze-until", "fc", "--no-augment")
+@pytest.mark.parametrize(
+    ("options", "together"),
+    [(("--freeze-until", "fc"), ()), (("--freeze-until", "layer2"), ("--sync-batchnorm", "--recompute", "last_conv"))],
+    ids=["frozen", "synchronised"],
+)
+def test_two_processes_train_what_one_does(options, together, folder, tmp_path, capsys):
+    """Statistics frozen, or those of all images, and no dropout: two processes of batch 2 take the steps of one process
+    of batch 4."""
     plain = f"{__name__}:without_dropout"
-    arguments = ("train", plain, folder, *SMALL, *options)
-    facts = in_two_processes(*arguments, "--batch", 2, "--out", tmp_path / "two")
+    arguments = ("train", plain, folder, *SMALL, *options, "--no-augment")
+    facts = in_two_processes(*arguments, *together, "--batch", 2, "--out", tmp_path / "two")
     assert (facts["processes"], facts["tested_on"], facts["equal_predictions"]) == (2, 6, 6)
     assert main([*map(str, arguments), "--json", "--out", str(tmp_path / "one")]) == 0
     single = json.loads(capsys.readouterr().out)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import resnet_fused as rf
 from resnet_fused.testing.networks import randomise_norms
 from resnet_fused.testing.torchvision_compat import import_torchvision
-from resnet_fused.testing.training import Digits, Run, learn, twins
+from resnet_fused.testing.training import Run, learn, small_digits, twins
 
 torchvision = import_torchvision()
 tv = torchvision.models.resnet
@@ -22,8 +22,8 @@ def runs() -> dict[str, Run]:
     """Three epochs on handwritten digits from one seed."""
     pytest.importorskip("sklearn")
     torch.manual_seed(0)
-    data = Digits.load()
-    return {name: learn(model, data) for name, model in twins(rf.resnet20()).items()}
+    data = small_digits()
+    return {name: learn(model, *data) for name, model in twins(rf.resnet20()).items()}
 
 
 def test_the_digits_are_learnt(runs: dict[str, Run]) -> None:

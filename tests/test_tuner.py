@@ -1,355 +1,33 @@
-"""Tuning tables and the tuner, under a clock of the test's own: nothing here depends on how fast anything is."""
+"""The tuner, under a clock of the test's own: nothing here depends on how fast anything is."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from tuning_tools import (
+    CPU,
+    _own_tables,  # noqa: F401, a fixture
+    _register,  # noqa: F401, a fixture
+    clock,
+    conv_call,
+    network,
+    write,
+)
 
 import resnet_fused as rf
 from resnet_fused import backends
 from resnet_fused.cli import main
+from resnet_fused.ops.add_relu.call import AddReLUCall
 from resnet_fused.ops.conv_bn_act import reference
-from resnet_fused.ops.convbn import ConvBN, ConvBNActCall
 from resnet_fused.testing.compare import check
 from resnet_fused.testing.eager import eager_copy
-from resnet_fused.testing.statistics import calibrate
 from resnet_fused.testing.timing import Timing
-from resnet_fused.tuning import environment, lookup, table, tuner
+from resnet_fused.tuning import environment, lookup, table, tuner, verify
 from resnet_fused.tuning.table import Entry
-
-CPU = torch.device("cpu")
-HERE = {"device": "a device", "torch": "2"}
-ENTRY = Entry("onednn", None, {"onednn": 1.5, "reference": 2.0})
-
-
-@pytest.fixture(autouse=True)
-def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Tables are read, from a directory of the test's own; Triton's interpreter is no candidate."""
-    monkeypatch.setenv("RESNET_FUSED_TUNING", "1")
-    monkeypatch.setenv("RESNET_FUSED_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(environment, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(backends, "interpreting", lambda: False)
-    backends._unavailable.cache_clear()
-    lookup.forget()
-    yield tmp_path
-    backends._unavailable.cache_clear()
-    monkeypatch.undo()
-    lookup.forget()
-
-
-@pytest.fixture
-def register() -> Iterator[Callable[..., list[Any]]]:
-    """Register a backend that computes as eager does, and list the calls that it serves."""
-    names = []
-
-    def make(name: str, op: str = "conv_bn_act", run: Any = reference.run, **options: Any) -> list[Any]:
-        served: list[Any] = []
-
-        def kernel(call: Any, *config: Any) -> Tensor:
-            served.append((call, *config))
-            return run(call)
-
-        rf.register_backend(name, op, **options)(kernel)
-        names.append(name)
-        return served
-
-    yield make
-    for name in names:
-        rf.unregister_backend(name)
-
-
-def clock(monkeypatch: pytest.MonkeyPatch, fastest: str) -> list[str]:
-    """Candidates whose label is ``fastest`` take 1 ms, all others 2 ms; gives the labels that were ever timed."""
-    timed: list[str] = []
-
-    def interleaved(runs: dict[str, Any], **options: Any) -> dict[str, Timing]:
-        timed.extend(runs)
-        return {name: Timing((1e-3 if name == fastest else 2e-3,)) for name in runs}
-
-    monkeypatch.setattr(tuner, "interleaved", interleaved)
-    return timed
-
-
-def conv_call(channels: int = 8, n: int = 2) -> ConvBNActCall:
-    x = torch.randn(n, channels, 6, 6)
-    vectors = [torch.rand(channels) + 0.5 for _ in range(4)]
-    conv = ConvBN(torch.randn(channels, channels, 3, 3) / 9, None, *vectors, 1e-5, (1, 1), (1, 1))
-    return ConvBNActCall(x, conv, None, "relu")
-
-
-def run_auto(call: ConvBNActCall) -> Tensor:
-    c = call.conv
-    return rf.conv_bn_act(
-        call.x, c.weight, c.bn_weight, c.bn_bias, c.running_mean, c.running_var, padding=1, backend="auto"
-    )
-
-
-def write(entries: dict[str, Entry]) -> Path:
-    """The user's table, as another process would leave it; read anew."""
-    facts = environment.describe(CPU)
-    table.merge(environment.path_for(facts), facts, entries)
-    lookup.forget()
-    return environment.path_for(facts)
-
-
-def network() -> tuple[nn.Module, Tensor]:
-    model = rf.resnet20(num_classes=3)
-    x = torch.randn(2, 3, 12, 12)
-    model.eval()
-    calibrate(model, x, perturb=True)
-    return model, x
-
-
-# The file.
-
-
-def test_a_table_is_read_as_it_was_written(tmp_path):
-    path = tmp_path / "deep" / "t.json"
-    table.merge(path, HERE, {"b": ENTRY})
-    table.merge(path, HERE, {"a": Entry("triton", ["pointer", 64], {"x": 1.0}), "b": ENTRY})
-    assert table.read(path, HERE) == {"a": Entry("triton", ["pointer", 64], {"x": 1.0}), "b": ENTRY}
-    assert table.read(tmp_path / "none.json", HERE) == {}
-    assert json.loads(path.read_text())["version"] == table.VERSION
-
-
-def test_the_same_entries_give_the_same_bytes(tmp_path):
-    one, two = tmp_path / "1", tmp_path / "2"
-    table.merge(one, HERE, {"a": ENTRY, "b": ENTRY})
-    table.merge(two, dict(reversed(HERE.items())), {"b": ENTRY})
-    table.merge(two, HERE, {"a": ENTRY})
-    assert one.read_bytes() == two.read_bytes()
-
-
-WRITER = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("table", sys.argv[1])
-table = sys.modules["table"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(table)
-print("ready", flush=True); sys.stdin.readline()
-for i in range(40):
-    table.merge(table.Path(sys.argv[2]), {"device": "d"}, {f"{sys.argv[3]}{i}": table.Entry("onednn", None, {})})
-"""
-
-
-def test_two_processes_tuning_at_once_lose_nothing(tmp_path):
-    path = tmp_path / "t.json"
-    command = [sys.executable, "-c", WRITER, table.__file__, str(path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    writers = [subprocess.Popen([*command, name], **pipes) for name in "ab"]
-    for writer in writers:
-        writer.stdout.readline()
-    for writer in writers:
-        writer.stdin.write("\n")
-        writer.stdin.flush()
-    for writer in writers:
-        writer.communicate(timeout=60)
-        assert writer.returncode == 0
-    assert set(table.read(path, {"device": "d"})) == {f"{name}{i}" for name in "ab" for i in range(40)}
-    assert {p.name for p in tmp_path.iterdir()} == {"t.json", "t.json.lock"}
-
-
-def test_an_interrupted_write_leaves_the_old_table(tmp_path, monkeypatch):
-    path = tmp_path / "t.json"
-    table.merge(path, HERE, {"a": ENTRY})
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        table.merge(path, HERE, {"b": ENTRY})
-    assert table.read(path, HERE) == {"a": ENTRY}
-    assert {p.name for p in tmp_path.iterdir()} == {"t.json", "t.json.lock"}
-
-
-def damaged(**changes: Any) -> str:
-    entry = {"backend": "onednn", "config": None, "milliseconds": {}}
-    value = {"format": table.FORMAT, "version": table.VERSION, "environment": HERE, "entries": {"a": entry}}
-    return json.dumps(value | changes)
-
-
-BAD = {
-    "cut short": '{"format": ',
-    "not text": "\udcff",
-    "a list": "[]",
-    "another program's": "{}",
-    "a later version": damaged(version=2),
-    "another device": damaged(environment=HERE | {"device": "another"}),
-    "more facts than are known": damaged(environment=HERE | {"moon": "full"}),
-    "no environment": damaged(environment=None),
-    "entries are a list": damaged(entries=[]),
-    "an entry is a name": damaged(entries={"a": "onednn"}),
-    "an entry without a backend": damaged(entries={"a": {"milliseconds": {}}}),
-    "a time that is none": damaged(entries={"a": {"backend": "cpu", "milliseconds": {"cpu": float("nan")}}}),
-}
-
-
-@pytest.mark.parametrize("text", BAD.values(), ids=BAD)
-def test_a_bad_table_is_set_aside_with_a_warning(tmp_path, caplog, text):
-    path = tmp_path / "t.json"
-    content = text.encode(errors="surrogateescape")
-    path.write_bytes(content)
-    (tmp_path / "t.json.bad0").write_text("an earlier one")
-    with caplog.at_level(logging.WARNING, "resnet_fused"):
-        assert table.load(path, HERE) == {}
-    assert "is ignored" in caplog.text and "t.json.bad1" in caplog.text
-    assert not path.exists() and (tmp_path / "t.json.bad1").read_bytes() == content
-    path.write_bytes(content)
-    table.merge(path, HERE, {"b": ENTRY})
-    assert table.read(path, HERE) == {"b": ENTRY}
-    assert (tmp_path / "t.json.bad2").read_bytes() == content
-
-
-def test_damage_does_not_stop_a_model(caplog):
-    path = write({})
-    path.write_text("{")
-    lookup.forget()
-    call = conv_call()
-    with caplog.at_level(logging.WARNING, "resnet_fused"):
-        assert run_auto(call).shape == (2, 8, 6, 6)
-    assert "is ignored" in caplog.text
-
-
-def test_threads_and_versions_have_tables_of_their_own():
-    facts = environment.describe(CPU)
-    assert {"device", "torch", "resnet_fused", "threads", "onednn"} <= set(facts)
-    paths = {environment.path_for(facts | {key: "another"}) for key in facts if key != "device"}
-    assert len(paths | {environment.path_for(facts)}) == len(facts)
-
-
-# From a call to a choice.
-
-
-def test_the_key_names_shapes_layouts_and_dtype():
-    call = conv_call()
-    assert lookup.key("conv_bn_act", call) == (
-        "conv_bn_act float32:2x8x6x6:nchw float32:8x8x3x3:nchw - 1 1 1 1 1 1 1 - relu"
-    )
-    last = call.x.contiguous(memory_format=torch.channels_last)
-    keys = {
-        lookup.key("conv_bn_act", call._replace(**change))
-        for change in ({}, {"x": last}, {"act": "none"}, {"residual": call.x}, {"x": call.x.double()})
-    }
-    assert len(keys) == 5
-    assert lookup.key("conv_bn_act", call._replace(x=torch.randn(2, 8, 6, 12)[..., ::2])) is None
-    with torch.inference_mode():
-        passing = call.conv._replace(weight=call.conv.weight.clone())
-    assert lookup.key("conv_bn_act", call._replace(conv=passing)) is None
-
-
-def test_auto_follows_the_table(register):
-    served = register("mine")
-    call = conv_call()
-    run_auto(call)
-    assert not served
-    path = write({lookup.key("conv_bn_act", call): Entry("mine")})
-    expected = reference.run(call)
-    torch.testing.assert_close(run_auto(call), expected)
-    torch.testing.assert_close(run_auto(call), expected)
-    assert len(served) == 2
-    run_auto(conv_call(n=3))
-    assert len(served) == 2  # another shape
-    path.unlink()
-    lookup.forget()
-    run_auto(call)
-    assert len(served) == 2
-
-
-def test_the_switch_turns_tables_off(register, monkeypatch):
-    served = register("mine")
-    call = conv_call()
-    write({lookup.key("conv_bn_act", call): Entry("mine")})
-    monkeypatch.setenv("RESNET_FUSED_TUNING", "0")
-    lookup.forget()
-    run_auto(call)
-    assert not served
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [Entry("gone"), Entry("cuda"), Entry("refuses"), Entry("chosen", ["c", 3]), Entry("reference", "diagonal")],
-    ids=["unknown", "not here", "refuses", "config no longer offered", "no such layout"],
-)
-@pytest.mark.parametrize("op", ["conv_bn_act", "bottleneck"])
-def test_an_entry_that_cannot_serve_is_ignored(register, entry, op):
-    served = register("chosen", op, configs=lambda call: [("a", 1)])
-    served += register("refuses", op, supports=lambda call: "no")
-    call = conv_call()
-    lone = rf.FusedBottleneck(8, 2).eval()
-    with lookup.recording(lambda found, c: write_later.append((found, c))), torch.no_grad():
-        write_later: list[Any] = []
-        run_auto(call)
-        lone(call.x)
-    found = next(c for name, c in write_later if name == op)
-    write({lookup.key(op, found): entry})
-    with torch.no_grad():
-        run_auto(call), lone(call.x)
-    assert not served
-
-
-def test_a_config_reaches_the_kernel_and_only_aligned_tensors_get_it(register):
-    served = register("mine", configs=lambda call: [("a", 1), ("b", 2)])
-    call = conv_call()
-    write({lookup.key("conv_bn_act", call): Entry("mine", ["b", 2])})
-    odd = torch.empty(call.x.numel() + 1)[1:].view(call.x.shape).copy_(call.x)
-    for x in (odd, call.x, odd):
-        run_auto(call._replace(x=x))
-    assert [config for _, *config in served] == [[], [("b", 2)], []]
-
-
-def test_a_changed_table_empties_the_plans_of_blocks(register):
-    served = register("mine", "basic_block", run=lambda call: call.x.clone())
-    block = rf.FusedBasicBlock(8, 8).eval()
-    x = torch.randn(1, 8, 6, 6)
-    calls: list[Any] = []
-    with torch.no_grad():
-        with lookup.recording(lambda op, call: calls.append((op, call))):
-            block(x)
-        block(x)
-        assert not served
-        write({lookup.key(*calls[0]): Entry("mine")})
-        block(x)
-        assert len(served) == 1
-        write({lookup.key(*calls[0]): Entry("chain")})
-        block(x)
-        assert len(served) == 1
-
-
-def test_shipped_tables_go_behind_the_users_own(register, own_tables):
-    first, second = register("first"), register("second")
-    one, two = conv_call(), conv_call(channels=4)
-    keys = [lookup.key("conv_bn_act", call) for call in (one, two)]
-    facts = environment.describe(CPU)
-    shipped = own_tables / "shipped" / "this.json"
-    results = [tuner.Tuned(key, Entry("first", None, {"first": 1.0})) for key in keys]
-    tuner.ship(results, CPU, shipped)
-    assert set(json.loads(shipped.read_text())["environment"]) == {"device", "capability", "threads"}
-    other = {"device": "another"}
-    table.merge(own_tables / "shipped" / "z.json", other, {key: Entry("second") for key in keys})
-    table.merge(environment.path_for(facts), facts, {keys[1]: Entry("second")})
-    lookup.forget()
-    run_auto(one), run_auto(two)
-    assert len(first) == 1 and len(second) == 1
-
-
-def test_what_is_shipped_is_sound():
-    for path in Path(table.__file__).parent.glob("*.json"):
-        bound = json.loads(path.read_text())["environment"]
-        assert set(bound) <= {"device", "capability", "threads"}
-        assert all(entry.milliseconds for entry in table.read(path, bound).values())
-
-
-# The tuner.
 
 
 @pytest.mark.parametrize("fastest", ["reference nchw", "reference", "onednn", "chain", "cpu"])
@@ -479,6 +157,166 @@ def test_the_sample_of_the_caller_is_the_clock():
     result = tuner.tune_call("conv_bn_act", conv_call(), repeats=2, max_seconds=1, sample=sample)
     assert len(ticks) == 3 * len(result.entry.milliseconds)
     assert set(result.entry.milliseconds.values()) == {1000.0} and result.speedup == 1.0
+
+
+# What counts as faster.
+
+
+def test_a_challenger_has_to_win_beyond_noise():
+    static, near, wide, clear, best = (
+        Timing(t) for t in ((1.0, 1.0, 1.0), (0.985,) * 3, (0.9, 0.9, 1.4), (0.97,) * 3, (0.9, 0.95, 0.95))
+    )
+    assert tuner.pick({"static": static, "near": near, "wide": wide}) == "static"
+    assert tuner.pick({"static": static, "near": near, "clear": clear, "best": best}) == "best"
+    assert tuner.pick({"static": static, "clear": clear, "alike": clear}) == "clear"
+    assert tuner.pick({"only": wide}) == "only"
+
+
+def test_one_image_twice_is_eagers_own_error(register, monkeypatch):
+    """A candidate that sums one image as eager sums two is right, as far as eager is."""
+    call = conv_call(n=1)
+    exact = reference.run(tuner._map(call, torch.Tensor.double)).float()
+    run = reference.run
+
+    def as_in_a_pair(of):
+        off = 1e-3 if of.x.shape[0] == 2 and of.x.dtype == torch.float32 else 0.0
+        return run(of) + off
+
+    monkeypatch.setattr(reference, "run", as_in_a_pair)
+    register("pairwise", run=lambda of: exact + 1e-3)
+    clock(monkeypatch, "pairwise")
+    assert tuner.tune_call("conv_bn_act", call, repeats=1, max_seconds=1).choice == "pairwise"
+    monkeypatch.setattr(reference, "run", run)
+    result = tuner.tune_call("conv_bn_act", call, repeats=1, max_seconds=1)
+    assert "of the budget" in result.excluded["pairwise"]
+
+
+def test_nothing_within_the_budget_is_said(monkeypatch):
+    monkeypatch.setattr(tuner._Gate, "problem", lambda self, run: "too far")
+    with pytest.raises(RuntimeError, match=r"conv_bn_act: no backend is within the error budget: \{.*too far"):
+        tuner.tune_call("conv_bn_act", conv_call(), repeats=1, max_seconds=1)
+
+
+# What is chosen, in reports.
+
+
+@pytest.mark.parametrize("fastest", ["reference nchw", "onednn", "mine"])
+def test_reports_name_what_was_tuned(register, monkeypatch, fastest):
+    register("mine"), register("mine", "basic_block", run=lambda call: tuner.eager("basic_block")(call))
+    model, x = network()
+    fused = rf.fuse(model)
+    before = rf.report(fused)
+    assert not any("tuned" in entry.backend for entry in before)
+    clock(monkeypatch, fastest)
+    tuner.tune(fused, x)
+    for found in (rf.report(fused), rf.explain(model)):
+        assert {entry.backend for entry in found} == {f"{fastest} (tuned)"}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)  # which has no table
+    assert [entry.backend for entry in rf.report(fused)] == [entry.backend for entry in before]
+    torch.set_num_threads(threads)
+    monkeypatch.setenv("RESNET_FUSED_TUNING", "0")
+    lookup.forget()
+    assert [entry.backend for entry in rf.report(fused)] == [entry.backend for entry in before]
+
+
+def test_a_tuned_chain_is_reported_by_its_convolutions(register, monkeypatch):
+    register("mine")
+    model, x = network()
+    fused = rf.fuse(model)
+    facts = environment.describe(CPU)
+    entries = {
+        key: Entry("mine" if op == "conv_bn_act" else "chain") for key, (op, _) in tuner.record(fused, x).items()
+    }
+    table.merge(environment.path_for(facts), facts, entries)
+    lookup.forget()
+    assert {entry.backend for entry in rf.report(fused)} == {"mine (tuned)"}
+    other = rf.fuse(rf.resnet20(num_classes=3).eval().bfloat16())
+    assert not any("tuned" in entry.backend for entry in rf.report(other))
+
+
+def test_sums_are_reported_too():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.conv(x) + x)
+
+    fused, x = rf.fuse(Sum().eval(), generic=True), torch.randn(2, 3, 4, 4)
+    for tuned in ("", " (tuned)"):
+        (entry,) = (entry for entry in rf.report(fused) if entry.kind == "add_relu")
+        assert entry.backend == "reference" + tuned
+        write({lookup.key("add_relu", AddReLUCall(x, x)): Entry("reference")})
+
+
+# Beside eager.
+
+
+def test_verify_compares_what_the_tuned_model_calls_in_both_formats(monkeypatch):
+    model, x = network()
+    fused = rf.fuse(model)
+    clock(monkeypatch, "auto")
+    whole = verify.verify(fused, x)
+    assert {c.key.split(" ")[0] for c in whole} == {"conv_bn_act", "basic_block"} and len(
+        whole
+    ) == 6  # the stem, blocks
+    assert all(set(r) == {"auto", "eager NCHW", "eager channels_last"} for c in whole for r in c.rounds)
+    assert all(c.ratios == (2.0, 2.0) and not c.slower and c.choice == "static" for c in whole)
+    clock(monkeypatch, "chain")
+    tuner.tune(fused, x)
+    chained = verify.verify(fused, x)
+    assert len(chained) > len(whole)  # every convolution by itself
+    assert {c.choice for c in chained if c.key.startswith("basic_block")} == {"chain"}
+
+
+def test_verify_runs_eager_as_its_user_would(monkeypatch):
+    seen = {}
+
+    def interleaved(runs, **options):
+        for name, run in runs.items():
+            seen[name] = run.args[0]
+            run()
+        return {name: Timing((1.0,)) for name in runs}
+
+    monkeypatch.setattr(verify, "interleaved", interleaved)
+    fused = rf.fuse(nn.Sequential(rf.FusedBasicBlock(8, 8)).eval())
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    verify.verify(fused, x)
+    for name, layout in (("eager NCHW", torch.contiguous_format), ("eager channels_last", torch.channels_last)):
+        call = seen[name]
+        assert all(t.is_contiguous(memory_format=layout) for t in (call.x, *(conv.weight for conv in call.convs)))
+    verify.verify(fused, x.contiguous())
+    assert seen["eager channels_last"].x.is_contiguous()  # images come as they come
+    assert seen["eager channels_last"].convs[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_slower_is_said_only_beyond_noise_and_twice():
+    def rounds(*pairs):
+        return tuple(
+            {"auto": Timing((ours,)), "eager NCHW": Timing((eager,)), "eager channels_last": Timing((9.0,))}
+            for ours, eager in pairs
+        )
+
+    assert verify.Comparison("", "", rounds((1.0, 0.9), (1.0, 0.9))).slower == "eager NCHW"
+    assert not verify.Comparison("", "", rounds((1.0, 0.9), (1.0, 1.1))).slower
+    assert not verify.Comparison("", "", rounds((1.0, 0.99), (1.0, 0.99))).slower
+    assert verify.Comparison("", "", rounds((1.0, 0.5), (1.0, 2.0))).ratios == (0.5, 2.0)
+
+
+def test_the_command_verifies_and_its_exit_code_tells(monkeypatch, capsys):
+    command = ["tune", "resnet20", "--batch", "1", "--size", "8", "--repeats", "1", "--verify"]
+    clock(monkeypatch, "auto")
+    assert main([*command, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["ok"] and len(facts["comparisons"]) == 6
+    assert all(c["ratios"] == [2.0, 2.0] and len(c["rounds"]) == 2 for c in facts["comparisons"])
+    clock(monkeypatch, "eager channels_last")
+    assert main(command) == 1
+    out = capsys.readouterr().out
+    assert out.count("SLOWER than eager channels_last") == 6
+    assert "no slower than eager in either format: 0 of 6 calls" in out
 
 
 # From the command line, and from outside.

@@ -33,6 +33,12 @@ const char* shape_of(const rf::Block& block, Shape& shape) {
   return read_shape(shape, block.x.size(1), convs, block.shortcut ? &shortcut : nullptr);
 }
 
+Sizes sizes_of_input(const Tensor& x) { return {x.size(0), x.size(2), x.size(3)}; }
+
+Limits limits_of(int device) {
+  return {multiprocessors(device), shared_per_block(device), shared_per_multiprocessor(device)};
+}
+
 Tensor copy_channels_last(const Tensor& tensor) {
   Tensor copy = empty_channels_last(sizes_of(tensor), tensor);
   return torch::stable::copy_(copy, tensor);
@@ -66,8 +72,8 @@ const char* refusal_of(const rf::Block& block) {
   const char* refused = shape_of(block, shape);
   const int device = block.x.get_device_index();
   if (!refused && capability(device) < 80) refused = "it needs compute capability 8.0";
-  if (!refused) refused = sizes_refusal(block.x.size(0), block.x.size(2), block.x.size(3));
-  if (!refused) kernel_for(shape, shared_per_block(device), &refused);
+  if (!refused) refused = sizes_refusal(sizes_of_input(block.x));
+  if (!refused) kernel_for(shape, sizes_of_input(block.x), limits_of(device), &refused);
   return refused;
 }
 
@@ -83,7 +89,7 @@ Tensor run_cuda(const rf::Block& block, const std::string& kernel) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   Tensor out = empty_channels_last(out_sizes, block.x);
   if (out.numel() == 0) return out;
-  refused = sizes_refusal(block.x.size(0), block.x.size(2), block.x.size(3));
+  refused = sizes_refusal(sizes_of_input(block.x));
   STD_TORCH_CHECK(!refused, "bottleneck by cuda: ", refused);
 
   Operands operands;
@@ -98,8 +104,7 @@ Tensor run_cuda(const rf::Block& block, const std::string& kernel) {
   args.conv3 = operand(operands, block.convs[2]);
   if (block.shortcut) args.shortcut = operand(operands, *block.shortcut);
 
-  const Limits limits{multiprocessors(device), shared_per_block(device), shared_per_multiprocessor(device)};
-  const Plan plan = make_plan(args, shape, limits, choice);
+  const Plan plan = make_plan(args, shape, limits_of(device), choice);
   STD_TORCH_CHECK(!plan.refusal, "bottleneck by cuda: ", plan.refusal);
   void* stream = current_stream(device);
   shape.element == Element::kBF16 ? launch_bf16(plan, stream) : launch_fp16(plan, stream);

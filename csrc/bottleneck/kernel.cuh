@@ -14,9 +14,6 @@ template <class T, class Tile>
 class Block {
   static constexpr int kSpan = Tile::MID / kWarpsN;  // a warp's output channels of a chunk of weights
   static constexpr int kGroups = kSpan / 32;
-  // x is read again under the products of the last convolution; where two blocks share the registers, after them: the
-  // other block hides the latency.
-  static constexpr bool kEarlyResidual = !Tile::PROJECT && Tile::BLOCKS == 1;
   using Eight = Vector<T, 8>;
 
  public:
@@ -49,14 +46,14 @@ class Block {
   // conv1, batch norm and ReLU on the halo, into the hidden tensor: the 1x1 that reduces the channels.
   RF_DEVICE void reduce(const Place<Tile>& place) {
     for (int pass = 0; pass < Tile::kPasses; ++pass) {
-      const int first = pass * Tile::kPassRows;
+      const int first = pass * Tile::kSlotRows;
       const int last = Tile::kHalo - first < Tile::kSlotRows ? Tile::kHalo - first - 1 : Tile::kSlotRows - 1;
       SharedAddress offset[Tile::kHaloTiles];
       RF_UNROLL
       for (int i = 0; i < Tile::kHaloTiles; ++i) {
         const int own = halo_row(i) + lane() % 16;
         const int inside = own < last ? own : last;  // rows past the halo: any will do, they are not stored
-        offset[i] = chunk_at(inside, lane() / 16, inside & 7);
+        offset[i] = chunk_at(inside, lane() / 16, lane() & 7);
       }
       Sums<Tile::kHaloTiles, Tile::kTilesN> sums = {};
       RF_ROLLED
@@ -70,36 +67,30 @@ class Block {
         multiply<T>(sums, a, weights());
         x_slot_ = x_slot_ + 1 == Tile::X_SLOTS ? 0 : x_slot_ + 1;
       }
-      RF_UNROLL
-      for (int group = 0; group < kGroups; ++group) {
-        const Affine affine(shared_ + Tile::kTable, channel(group));
-        RF_UNROLL
-        for (int i = 0; i < Tile::kHaloTiles; ++i) {
-          RF_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const int pixel = first + halo_row(i) + lane() / 4 + half * 8;
-            if (pixel >= Tile::kHalo) continue;
-            const int h = place.p0 * Tile::STRIDE - 1 + pixel / Tile::kHaloW;
-            const int w = place.q0 * Tile::STRIDE - 1 + pixel % Tile::kHaloW;
-            const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(args_.h) &&
-                                static_cast<unsigned>(w) < static_cast<unsigned>(args_.w);
-            Eight result{};  // the 3x3 convolution pads with zeros
-            if (inside) result = rectified(sums, affine, i, group, half);
-            store_shared(hidden(channel(group), pixel, halo_key(pixel)), result);
-          }
-        }
-      }
+      each_eight<Tile::kHaloTiles>(shared_ + Tile::kTable, 0, [&](int i, int half, int group, const Affine& affine) {
+        const int own = halo_row(i) + lane() / 4 + half * 8;
+        if (own > last) return;
+        const int pixel = first + own;
+        const int down = pixel / Tile::kHaloW, right = pixel % Tile::kHaloW;
+        const int h = place.p0 * Tile::STRIDE - 1 + down, w = place.q0 * Tile::STRIDE - 1 + right;
+        const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(args_.h) &&
+                            static_cast<unsigned>(w) < static_cast<unsigned>(args_.w);
+        Eight result{};  // the 3x3 convolution pads with zeros
+        if (inside) result = rectified(sums, affine, i, group, half);
+        store_shared(hidden(channel(group), pixel, halo_key(down, right)), result);
+      });
     }
   }
 
   // conv2, batch norm and ReLU, from the hidden tensor into itself.
   RF_DEVICE void convolve(const Place<Tile>& place) {
-    int corner[Tile::kTilesM];  // the halo pixel under the filter's first tap
+    SharedAddress corner[Tile::kTilesM];  // the halo pixel under the filter's first tap
     RF_UNROLL
     for (int i = 0; i < Tile::kTilesM; ++i) {
       const int own = row(i) + lane() % 16;
-      const int pixel = own < Tile::kPixels ? own : 0;
-      corner[i] = (pixel / Tile::TILE_W * Tile::kHaloW + pixel % Tile::TILE_W) * Tile::STRIDE;
+      const int pixel = own < Tile::kPixels ? own : Tile::kPixels - 1;
+      const int at = (pixel / Tile::TILE_W * Tile::kHaloW + pixel % Tile::TILE_W) * Tile::STRIDE;
+      corner[i] = shared_ + Tile::kHidden + at * kRowBytes;
     }
     Sums<Tile::kTilesM, Tile::kTilesN> sums = {};
     RF_ROLLED
@@ -114,28 +105,20 @@ class Block {
         } else {
           next_weights();
         }
+        const int down = tap / 3, right = tap % 3;
+        const SharedAddress shift = slice * Tile::kHiddenSlice + chunk_at(down * Tile::kHaloW + right, lane() / 16,
+                                                                          (lane() + halo_key(down, right)) & 7);
         SharedAddress a[Tile::kTilesM];
         RF_UNROLL
-        for (int i = 0; i < Tile::kTilesM; ++i) {
-          const int pixel = corner[i] + tap / 3 * Tile::kHaloW + tap % 3;
-          a[i] = shared_ + Tile::kHidden + slice * Tile::kHiddenSlice + chunk_at(pixel, lane() / 16, halo_key(pixel));
-        }
+        for (int i = 0; i < Tile::kTilesM; ++i) a[i] = corner[i] + shift;
         multiply<T>(sums, a, weights());
       }
     }
     barrier();  // everybody has read the first hidden tensor
-    RF_UNROLL
-    for (int group = 0; group < kGroups; ++group) {
-      const Affine affine(shared_ + Tile::kTable2, channel(group));
-      RF_UNROLL
-      for (int i = 0; i < Tile::kTilesM; ++i) {
-        RF_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int pixel = row(i) + lane() / 4 + half * 8;
-          store_shared(hidden(channel(group), pixel, pixel & 7), rectified(sums, affine, i, group, half));
-        }
-      }
-    }
+    each_eight<Tile::kTilesM>(shared_ + Tile::kTable2, 0, [&](int i, int half, int group, const Affine& affine) {
+      const int pixel = row(i) + lane() / 4 + half * 8;
+      store_shared(hidden(channel(group), pixel, pixel & 7), rectified(sums, affine, i, group, half));
+    });
     if constexpr (Tile::RESIDENT) {
       if constexpr (Tile::PROJECT) async_wait<0>();  // x under the output pixels
       barrier();
@@ -148,14 +131,14 @@ class Block {
     RF_UNROLL
     for (int i = 0; i < Tile::kTilesM; ++i) {
       const int own = row(i) + lane() % 16;
-      const int pixel = own < Tile::kPixels ? own : 0;
-      hidden_row[i] = shared_ + Tile::kHidden + chunk_at(own, lane() / 16, own & 7);
-      centre_row[i] = shared_ + Tile::kCentre + chunk_at(pixel, lane() / 16, pixel & 7);
+      const int pixel = own < Tile::kPixels ? own : Tile::kPixels - 1;
+      hidden_row[i] = shared_ + Tile::kHidden + chunk_at(own, lane() / 16, lane() & 7);
+      centre_row[i] = shared_ + Tile::kCentre + chunk_at(pixel, lane() / 16, lane() & 7);
     }
     RF_ROLLED
     for (int part = 0; part < Tile::kParts; ++part) {
       Eight residual[Tile::kTilesM][2][kGroups] = {};
-      if constexpr (kEarlyResidual) {
+      if constexpr (!Tile::PROJECT) {  // under the products
         RF_UNROLL
         for (int i = 0; i < Tile::kTilesM; ++i) {
           RF_UNROLL
@@ -230,32 +213,40 @@ class Block {
   template <class S, class Residual>
   RF_DEVICE void store(const S& sums, const S& projected, const Residual& residual, const Place<Tile>& place,
                        int part) const {
+    const int first = part * Tile::MID;
+    const SharedAddress table = shared_ + (Tile::PROJECT ? Tile::kTableShortcut : Tile::kTable3);
+    each_eight<Tile::kTilesM>(table, first, [&](int i, int half, int group, const Affine& affine) {
+      const int channels = first + channel(group);
+      const Pixel pixel(args_, place, row(i) + lane() / 4 + half * 8);
+      if (!pixel.inside) return;
+      Eight result;
+      RF_UNROLL
+      for (int e = 0; e < 8; ++e) {
+        const int tile = group * 4 + e / 2, at = half * 2 + e % 2;
+        float y;
+        if constexpr (Tile::PROJECT) {
+          y = sums[i][tile][at] + affine.apply(projected[i][tile][at], e);
+        } else {
+          y = affine.apply(sums[i][tile][at], e) + to_float(residual[i][half][group].at[e]);
+        }
+        result.at[e] = from_float<T>(relu(y));
+      }
+      const int64_t at = (static_cast<int64_t>(place.n) * args_.p + pixel.p) * args_.q + pixel.q;
+      store_global(static_cast<T*>(args_.out) + (at * Tile::COUT + channels), result);
+    });
+  }
+
+  // Calls visit(i, half, group, affine) for every eight of this lane's sums: row lane/4 + 8·half of m16 tile i, channels
+  // first + channel(group) and on, with their batch norm.
+  template <int TILES, class Visit>
+  RF_DEVICE static void each_eight(SharedAddress table, int first, Visit&& visit) {
     RF_UNROLL
     for (int group = 0; group < kGroups; ++group) {
-      const int first = part * Tile::MID + channel(group);
-      const Affine affine(shared_ + (Tile::PROJECT ? Tile::kTableShortcut : Tile::kTable3), first);
+      const Affine affine(table, first + channel(group));
       RF_UNROLL
-      for (int i = 0; i < Tile::kTilesM; ++i) {
+      for (int i = 0; i < TILES; ++i) {
         RF_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const Pixel pixel(args_, place, row(i) + lane() / 4 + half * 8);
-          if (!pixel.inside) continue;
-          Eight addend = residual[i][half][group], result;
-          if constexpr (!Tile::PROJECT && !kEarlyResidual) addend = load_residual(place, pixel, first);
-          RF_UNROLL
-          for (int e = 0; e < 8; ++e) {
-            const int tile = group * 4 + e / 2, at = half * 2 + e % 2;
-            float y;
-            if constexpr (Tile::PROJECT) {
-              y = sums[i][tile][at] + affine.apply(projected[i][tile][at], e);
-            } else {
-              y = affine.apply(sums[i][tile][at], e) + to_float(addend.at[e]);
-            }
-            result.at[e] = from_float<T>(relu(y));
-          }
-          const int64_t at = (static_cast<int64_t>(place.n) * args_.p + pixel.p) * args_.q + pixel.q;
-          store_global(static_cast<T*>(args_.out) + (at * Tile::COUT + first), result);
-        }
+        for (int half = 0; half < 2; ++half) visit(i, half, group, affine);
       }
     }
   }
@@ -294,8 +285,10 @@ class Block {
   RF_DEVICE static int row(int tile) { return (warp_m() * Tile::kTilesM + tile) * 16; }
   RF_DEVICE static int halo_row(int tile) { return (warp_m() * Tile::kHaloTiles + tile) * 16; }
   RF_DEVICE static int channel(int group) { return warp_n() * kSpan + group * 32 + lane() % 4 * 8; }
-  // With stride 2, rows that are read at once lie two apart.
-  RF_DEVICE static int halo_key(int pixel) { return (Tile::STRIDE == 2 ? pixel >> 1 : pixel) & 7; }
+  // Under one tap neighbouring output pixels have neighbouring keys, at the end of a row of the tile as well.
+  RF_DEVICE static int halo_key(int h, int w) {
+    return (h / Tile::STRIDE * Tile::TILE_W + w / Tile::STRIDE) & 7;
+  }
 
   RF_DEVICE SharedAddress hidden(int channel, int pixel, int key) const {
     return shared_ + Tile::kHidden + channel / kDepth * Tile::kHiddenSlice +

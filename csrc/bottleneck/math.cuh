@@ -39,11 +39,6 @@ RF_DEVICE void multiply(Sums<TILES_M, TILES_N>& sums, const SharedAddress (&a)[T
   }
 }
 
-template <class T>
-RF_DEVICE float channel_value(const void* vector, bool wide, int channel) {
-  return wide ? static_cast<const float*>(vector)[channel] : to_float(static_cast<const T*>(vector)[channel]);
-}
-
 // Writes batch norm as (scale, shift) for each channel.
 template <class T>
 RF_DEVICE void fill_table(SharedAddress table, const Conv& conv, int channels) {

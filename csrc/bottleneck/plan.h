@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -29,6 +30,8 @@ struct KernelInfo {
   int tile_h, tile_w, halo_h, halo_w, rows, pass_rows, passes;
   int steps, chunk_bytes;
   int shared_bytes, blocks;
+  int64_t products, weight_bytes, fragments, landed, moved;
+  std::array<int, 8> regions;      // of shared memory: where each begins, in tile.h's order
   std::array<int, 10> parameters;  // of the template
 };
 
@@ -43,6 +46,10 @@ struct Shape {
   Element element;
   int cin, mid, cout, stride;
   bool project;
+};
+
+struct Sizes {
+  int64_t n, h, w;  // of x
 };
 
 struct Plan {
@@ -80,6 +87,13 @@ constexpr KernelInfo describe(const char* name, const std::array<int, 10>& param
           Tile::kChunkBytes,
           Tile::kSharedBytes,
           Tile::BLOCKS,
+          Tile::kProducts,
+          Tile::kWeightBytes,
+          Tile::kFragments,
+          Tile::kLanded,
+          Tile::kMoved,
+          {Tile::kTable, Tile::kTable2, Tile::kTable3, Tile::kTableShortcut, Tile::kWeights, Tile::kX, Tile::kHidden,
+           Tile::kCentre},
           parameters};
 }
 
@@ -98,9 +112,33 @@ inline Kernel kernel_named(const char* name) {
   return Kernel::kCount;
 }
 
-// The first kernel for this shape that a block's shared memory can hold; `choice` instead, where it is one.
-inline Kernel kernel_for(const Shape& shape, int shared_limit, const char** refusal, Kernel choice = Kernel::kCount) {
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Tiles of an image of h x w pixels of x.
+inline std::array<int64_t, 2> tiles_of(const KernelInfo& k, int64_t h, int64_t w) {
+  return {ceil_div((h - 1) / k.stride + 1, k.tile_h), ceil_div((w - 1) / k.stride + 1, k.tile_w)};
+}
+
+// Clocks of the slowest of tensor cores, shared memory and L2, as resnet_fused.roofline.whole_block counts them: an H200's
+// rates, for each multiprocessor. They rank kernels and promise nothing.
+inline double clocks_of(const KernelInfo& k, const Sizes& sizes, int multiprocessors) {
+  constexpr double kProductsPerClock = 1091, kSharedBytesPerClock = 128, kL2BytesPerClock = 24.5;
+  const auto real = [](int64_t value) { return static_cast<double>(value); };
+  const auto [down, across] = tiles_of(k, sizes.h, sizes.w);
+  const double tiles = real(down * across) * real(sizes.n), most = std::ceil(tiles / multiprocessors);
+  const double weights = real(k.weight_bytes) * (k.resident ? std::min<double>(tiles, multiprocessors) : tiles);
+  const double weights_of_most = real(k.weight_bytes) * (k.resident ? 1 : most);
+  return std::max({most * real(k.products) / kProductsPerClock,
+                   (most * real(k.fragments + k.landed) + weights_of_most) / kSharedBytesPerClock,
+                   (tiles * real(k.moved) + weights) / (kL2BytesPerClock * multiprocessors)});
+}
+
+// Of the kernels for this shape that a block's shared memory can hold the quickest for these sizes; `choice` instead,
+// where it is one.
+inline Kernel kernel_for(const Shape& shape, const Sizes& sizes, const Limits& limits, const char** refusal,
+                         Kernel choice = Kernel::kCount) {
   bool known = false;
+  Kernel best = Kernel::kCount;
   for (int i = 0; i < kKernelCount; ++i) {
     const KernelInfo& k = detail::kKernels[i];
     if (k.element != shape.element || k.mid != shape.mid || k.cin != shape.cin || k.stride != shape.stride ||
@@ -108,9 +146,13 @@ inline Kernel kernel_for(const Shape& shape, int shared_limit, const char** refu
       continue;
     }
     known = true;
-    if (k.shared_bytes > shared_limit) continue;
-    if (choice == Kernel::kCount || choice == static_cast<Kernel>(i)) return static_cast<Kernel>(i);
+    if (k.shared_bytes > limits.block || (choice != Kernel::kCount && choice != static_cast<Kernel>(i))) continue;
+    if (best == Kernel::kCount || clocks_of(k, sizes, limits.multiprocessors) <
+                                      clocks_of(info(best), sizes, limits.multiprocessors)) {
+      best = static_cast<Kernel>(i);
+    }
   }
+  if (best != Kernel::kCount) return best;
   *refusal = !known ? "no whole-block kernel has these channels, stride and shortcut"
              : choice == Kernel::kCount ? "this device's shared memory does not hold the block"
                                         : "the kernel asked for does not fit the problem or the device";
@@ -148,7 +190,8 @@ inline const char* read_shape(Shape& shape, int64_t cin, const ConvShape (&convs
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Null, or why the kernels may not be given these sizes.
-inline const char* sizes_refusal(int64_t n, int64_t h, int64_t w) {
+inline const char* sizes_refusal(const Sizes& sizes) {
+  const auto [n, h, w] = sizes;
   constexpr int64_t kHalfRange = int64_t{1} << 30;  // coordinates stay in 32 bits, with room for sums of two
   if (n < 1 || h < 1 || w < 1) return "a size is less than 1";
   if (n >= kHalfRange || h >= kHalfRange || w >= kHalfRange) return "a size is 2^30 or more";
@@ -158,9 +201,10 @@ inline const char* sizes_refusal(int64_t n, int64_t h, int64_t w) {
 // A plan for `a`, whose sizes, strides and pointers are set.
 inline Plan make_plan(Args a, const Shape& shape, const Limits& limits, Kernel choice = Kernel::kCount) {
   Plan plan;
-  plan.refusal = sizes_refusal(a.n, a.h, a.w);
+  const Sizes sizes{a.n, a.h, a.w};
+  plan.refusal = sizes_refusal(sizes);
   if (plan.refusal) return plan;
-  plan.kernel = kernel_for(shape, limits.block, &plan.refusal, choice);
+  plan.kernel = kernel_for(shape, sizes, limits, &plan.refusal, choice);
   if (plan.kernel == Kernel::kCount) return plan;
   const KernelInfo& k = info(plan.kernel);
   for (const Conv* conv : {&a.conv1, &a.conv2, &a.conv3, &a.shortcut}) {
@@ -175,8 +219,9 @@ inline Plan make_plan(Args a, const Shape& shape, const Limits& limits, Kernel c
   }
   if (plan.refusal) return plan;
   a.p = (a.h - 1) / k.stride + 1, a.q = (a.w - 1) / k.stride + 1;
-  a.tiles_h = (a.p + k.tile_h - 1) / k.tile_h, a.tiles_w = (a.q + k.tile_w - 1) / k.tile_w;
-  const int64_t tiles = int64_t{a.tiles_h} * a.tiles_w;
+  const auto [down, across] = tiles_of(k, a.h, a.w);
+  a.tiles_h = static_cast<int>(down), a.tiles_w = static_cast<int>(across);
+  const int64_t tiles = down * across;
   if (tiles >= (1 << 30) || tiles * a.n >= (1 << 30)) {
     plan.refusal = "2^30 tiles or more";
     return plan;

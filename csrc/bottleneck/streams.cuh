@@ -91,7 +91,7 @@ class InputStream {
     const T* image = static_cast<const T*>(args_.x) + place.n * args_.x_stride_n;
     RF_ROLLED
     for (int row = thread_x() / 8; row < Tile::kSlotRows; row += kThreads / 8) {
-      const int pixel = pass * Tile::kPassRows + row;
+      const int pixel = pass * Tile::kSlotRows + row;
       if (Tile::kPasses > 1 && pixel >= Tile::kHalo) break;
       const int h = place.p0 * Tile::STRIDE - 1 + pixel / Tile::kHaloW;
       const int w = place.q0 * Tile::STRIDE - 1 + pixel % Tile::kHaloW;

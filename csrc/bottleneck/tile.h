@@ -1,6 +1,8 @@
 // The geometry of a kernel: its tile, its steps and its map of shared memory, as constants for host and device.
 #pragma once
 
+#include <cstdint>
+
 namespace rf::bottleneck {
 
 constexpr int kRowBytes = 128;  // a row of 64 channels: the depth of one step, eight 16-byte chunks
@@ -24,6 +26,10 @@ struct Tile {
   static constexpr int TILE_H = TILE_H_, TILE_W = TILE_W_, BLOCKS = BLOCKS_;
   static_assert(MID % kDepth == 0 && CIN % kDepth == 0 && (PROJECT || (CIN == COUT && STRIDE == 1)));
 
+  static constexpr int fragments(int rows) {  // bytes that the warps read in one step, each its share of both operands
+    return kWarpsM * kWarpsN * (rows / kWarpsM + MID / kWarpsN) * kRowBytes;
+  }
+
   // The tile, and the pixels of the first convolution under it: a border of one pixel for the 3x3 window.
   static constexpr int kPixels = TILE_H * TILE_W;
   static constexpr int kHaloH = (TILE_H - 1) * STRIDE + 3, kHaloW = (TILE_W - 1) * STRIDE + 3;
@@ -35,10 +41,10 @@ struct Tile {
   static constexpr int kTilesN = MID / kWarpsN / 8;
   static constexpr int kRows = 16 * kWarpsM * kTilesM;
 
-  // The first convolution takes the halo in passes that its registers can hold.
+  // The first convolution takes the halo in equal passes that its registers can hold.
   static constexpr int kPassRows = 16 * kWarpsM * kHaloTiles;
   static constexpr int kPasses = (kHalo + kPassRows - 1) / kPassRows;
-  static constexpr int kSlotRows = kHalo < kPassRows ? kHalo : kPassRows;
+  static constexpr int kSlotRows = (kHalo + kPasses - 1) / kPasses;  // pixels of a pass
 
   // A step multiplies rows of 64 channels with one chunk of weights, [MID output channels, 64].
   static constexpr int kSlices = MID / kDepth, kSlicesX = CIN / kDepth;  // of a hidden pixel and of a pixel of x
@@ -69,6 +75,16 @@ struct Tile {
   static constexpr int kHidden = kX + X_SLOTS * kXBytes;
   static constexpr int kCentre = kHidden + kSlices * kHiddenSlice;  // x under the output pixels, for the projection
   static constexpr int kSharedBytes = kCentre + (PROJECT ? kSlicesX * kCentreSlice : 0);
+
+  // What a tile costs: multiply-adds, with the rows that pad it; bytes of weights; bytes that warps read of shared
+  // memory for the products, that go in and out besides, without the weights; bytes of x and out through L2.
+  static constexpr int64_t kProducts = int64_t{kPasses * kPassRows} * CIN * MID +
+                                       int64_t{kRows} * (9 * MID * MID + MID * COUT + (PROJECT ? CIN * COUT : 0));
+  static constexpr int64_t kWeightBytes = int64_t{kSteps} * kChunkBytes;
+  static constexpr int64_t kFragments = int64_t{kSteps1} * fragments(kPassRows) +
+                                        int64_t{kSteps - kSteps1} * fragments(kRows);
+  static constexpr int64_t kLanded = (kHalo + (PROJECT ? kPixels : 0)) * CIN * 2 + (kHalo + kRows) * MID * 2;
+  static constexpr int64_t kMoved = (kHalo + kPixels) * CIN * 2 + kPixels * COUT * 2;
 };
 
 }  // namespace rf::bottleneck

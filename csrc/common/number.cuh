@@ -126,4 +126,10 @@ inline float fused_multiply_add(float a, float b, float c) { return __builtin_fm
 
 #endif
 
+// One value of a vector of channels, of elements T or `wide`, float32.
+template <class T>
+RF_DEVICE float channel_value(const void* vector, bool wide, int64_t channel) {
+  return wide ? static_cast<const float*>(vector)[channel] : to_float(static_cast<const T*>(vector)[channel]);
+}
+
 }  // namespace rf

@@ -6,12 +6,6 @@
 
 namespace rf::conv {
 
-template <class T>
-RF_DEVICE float channel_value(const void* vector, bool wide, int channel) {
-  if (wide) return static_cast<const float*>(vector)[channel];
-  return to_float(static_cast<const T*>(vector)[channel]);
-}
-
 // The batch norm of V neighbouring channels, read once and applied to every row a thread stores.
 template <class T, int V>
 struct ChannelAffine {

@@ -1,121 +1,88 @@
-"""``resnet-fused bench MODEL``: eager beside fused, timed in turns, once their numbers have been compared."""
+"""``resnet-fused bench``: kernels, blocks, models and training steps beside the strongest baselines."""
 
 from __future__ import annotations
 
 import argparse
-import copy
-import functools
-import math
+from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from resnet_fused.cli.common import (
+    DTYPES,
+    UserError,
+    add_json_option,
+    add_load_option,
+    console,
+    load_plugins,
+    pick_device,
+    positive,
+    print_json,
+)
+from resnet_fused.testing import models
 
-import resnet_fused
-from resnet_fused.cli.common import add_model_options, console, positive, prepare, print_json, steps
-from resnet_fused.testing.compare import Verdict, check
-from resnet_fused.testing.eager import eager_copy
-from resnet_fused.testing.timing import Timing, interleaved
-
-BASELINES = ("eager NCHW", "eager channels_last")
+SUITES = ("kernels", "blocks", "models", "training")  # testing.bench.suites has them; it is imported on use
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
-        help="time a fused model beside eager",
-        description="Fuse MODEL, compare it with eager, and only when it is within the error budget time both, in "
-        "turns, in both memory layouts. Exit code 1, and no times, when it is not.",
+        help="time kernels, blocks and models beside the strongest baselines",
+        description="Compare every contender with float64 and time those within the error budget, in turns: eager in "
+        "both memory formats, batch norm folded, torch.compile, on a CPU ONNX Runtime and OpenVINO, and ours. Rows go "
+        "to one CSV file per device; an interrupted run goes on where it stopped. Exit code 1 when one of ours is "
+        "outside the budget.",
     )
-    add_model_options(parser, batch=8)
-    parser.add_argument("--repeats", type=positive, default=20, help="samples of each (default %(default)s)")
+    help = f"{models.FORMS}; a bare name is torchvision's where that is installed (default: those of the suite)"
+    parser.add_argument("model", nargs="*", metavar="MODEL", help=help)
+    parser.add_argument("--model", nargs="+", dest="more", default=[], metavar="MODEL", help="the same")
+    parser.add_argument("--suite", nargs="+", choices=SUITES, help="(default: models where MODEL is named, else all)")
+    parser.add_argument("--batch", nargs="+", type=positive, default=[8], help="images per batch (default 8)")
+    parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], default=["float32"], metavar="DTYPE",
+                        help=" | ".join(DTYPES))  # fmt: skip
+    parser.add_argument("--size", type=positive, help="height and width of an image (default: the model's own)")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose id contains this text")
+    parser.add_argument(
+        "--contender", nargs="+", default=[], metavar="NAME",
+        help="only these: names as in the tables, or eager, peers, compiled for several (default: all but compiled)",
+    )  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="torch.compile too; it builds for minutes")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: CUDA where there is one)")
+    parser.add_argument("--repeats", type=positive, default=20, help="samples per contender (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="no case samples for longer (default %(default)s)")
+    parser.add_argument("--gate-images", type=positive, help="images per batch that are compared (default: 4 on a CPU)")
+    parser.add_argument("--results", type=Path, default=Path("out/bench"), help="folder of the CSV (default out/bench)")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the file has already")
+    add_load_option(parser)
+    add_json_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    model, x = prepare(args)
-    out = console(quiet=args.json)
-    candidates = variants(model, x)
-    facts: dict[str, Any] = {
-        "model": args.model,
-        "input": list(x.shape),
-        "dtype": str(x.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    out.print(" · ".join(str(value) for value in facts.values()))
-    gate = [
-        check(name, "", "", eager_copy(model, like=fused), fused, (image,))
-        for name, (fused, image) in candidates.items()
-        if name not in BASELINES
-    ]
-    facts["gate"] = [v.to_dict() for v in gate]
-    facts["ok"] = all(v.ok for v in gate)
-    if not facts["ok"]:
-        if args.json:
-            print_json(facts)
-        for v in gate:
-            if not v.ok:
-                out.print(f"FAILED, so nothing is timed: {describe(v)}", style="bold red", markup=False)
-        return 1
-    timings = time_variants(candidates, args.repeats, out)
-    best = min(timings[name].p50 for name in BASELINES)
-    facts["milliseconds"] = {name: timing.to_dict() for name, timing in timings.items()}
-    facts["speedup"] = {name: best / timing.p50 for name, timing in timings.items()}
-    if args.json:
-        print_json(facts)
-        return 0
-    out.print(timing_table(timings, args.batch))
-    out.print("\n".join(f"{v.name}: error is {v.error.ratio:.2f} of the budget" for v in gate if v.error is not None))
-    return 0
+    from resnet_fused.testing.bench import program
 
-
-def variants(model: nn.Module, x: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
-    """Model and input of every candidate: eager and fused, in both layouts."""
-    eager, fused = eager_copy(model), resnet_fused.fuse(model)
-    last = torch.channels_last
-
-    def turned(model: nn.Module) -> nn.Module:
-        return copy.deepcopy(model).to(memory_format=last)  # type: ignore[call-overload, no-any-return]
-
-    return {
-        "eager NCHW": (eager, x),
-        "eager channels_last": (turned(eager), x.contiguous(memory_format=last)),
-        "fused NCHW": (fused, x),
-        "fused channels_last": (turned(fused), x.contiguous(memory_format=last)),
-    }
-
-
-def time_variants(
-    candidates: dict[str, tuple[nn.Module, Tensor]], repeats: int, out: Console, max_seconds: float = math.inf
-) -> dict[str, Timing]:
-    """Time each candidate on its own input, in turns."""
-    calls = {name: functools.partial(model, image) for name, (model, image) in candidates.items()}
-    device = next(iter(candidates.values()))[1].device
-    with steps(out, "timing", repeats) as advance:
-        return interleaved(calls, device=device, repeats=repeats, max_seconds=max_seconds, progress=advance)
-
-
-def timing_table(timings: dict[str, Timing], batch: int) -> Table:
-    """Milliseconds, images per second, and how many times faster than the faster eager layout."""
-    table = Table("", box=None)
-    for heading in ("p20 ms", "p50 ms", "p80 ms", "images/s", "speedup"):
-        table.add_column(heading, justify="right")
-    best = min(timings[name].p50 for name in BASELINES)
-    for name, timing in timings.items():
-        figures = [f"{1e3 * value:.3f}" for value in (timing.p20, timing.p50, timing.p80)]
-        table.add_row(name, *figures, f"{batch / timing.p50:.1f}", f"{best / timing.p50:.2f}x")
-    return table
-
-
-def describe(verdict: Verdict) -> str:
-    """One line on why a comparison failed."""
-    if verdict.problem is not None or verdict.error is None:
-        return f"{verdict.name}: {verdict.problem}"
-    error = verdict.error
-    return (
-        f"{verdict.name}: error is {error.ratio:.3g} of the budget ({error.error:.3g}, eager's {error.eager_error:.3g})"
+    load_plugins(args.load)
+    names = [*args.model, *args.more]
+    options = program.Options(
+        pick_device(args.device),
+        args.results,
+        args.suite or (("models",) if names else SUITES),
+        names or None,
+        args.batch,
+        tuple(dict.fromkeys(DTYPES[name] for name in args.dtype)),
+        args.size,
+        args.case,
+        args.contender,
+        args.compile,
+        args.repeats,
+        args.seconds,
+        args.gate_images,
+        args.fresh,
     )
+    try:
+        result = program.execute(options, console(quiet=args.json))
+    except models.ModelError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if args.json:
+        print_json({"ok": result.ok, "file": str(result.path), "added": result.added, "rows": result.rows})
+    return 0 if result.ok else 1

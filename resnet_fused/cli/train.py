@@ -22,6 +22,7 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused.cli.common import UserError, add_json_option, console, pick_device, positive, print_json, seed, steps
+from resnet_fused.ops.residual_block import RECOMPUTE
 from resnet_fused.testing import models
 from resnet_fused.testing.eager import eager_copy
 from resnet_fused.training import Data, DataError, Recipe, Trainer, World, checkpoint, digits, image_folder, transfer
@@ -72,7 +73,8 @@ def add_parser(commands: Any) -> None:
     how = parser.add_argument_group("execution")
     add = how.add_argument
     add("--eager", action="store_true", help="train without fused blocks, to compare")
-    add("--sync-batchnorm", action="store_true", help="batch statistics over all processes (GPUs only)")
+    add("--recompute", choices=RECOMPUTE, help="keep less for the gradient and compute it again")
+    add("--sync-batchnorm", action="store_true", help="batch statistics over all processes")
     add("--deterministic", action="store_true", help="deterministic kernels only: the same weights at every run")
     add("--workers", type=int, help="processes that load images (default: 0 for digits, up to 8 for a folder)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: CUDA where there is one)")
@@ -107,8 +109,8 @@ def run(args: argparse.Namespace) -> int:
     if device.type == "cuda" and device.index is None:
         device = pick_device(f"cuda:{world.local_rank}")
     recipe = make_recipe(args, device)
-    if args.sync_batchnorm and device.type != "cuda":
-        raise UserError("--sync-batchnorm: nn.SyncBatchNorm computes on GPUs alone")
+    if args.eager and args.recompute:
+        raise UserError("--recompute: fused blocks do that; leave out --eager")
     with connected(world, device), determinism(args.deterministic):
         status = train(args, recipe, world, device)
     if world.size > 1:
@@ -149,7 +151,10 @@ def train(args: argparse.Namespace, recipe: Recipe, world: World, device: torch.
         loaded = transfer.load_weights(model, args.init, head)
         out.print(f"weights of {args.init}" + ("" if loaded else f", but {head}, which is new"), markup=False)
     network = prepare(model, args).to(device)
-    probe(network, (2, channels, size, size), len(data.classes), device)
+    shape = (2, channels, size, size)
+    probe(network, shape, len(data.classes), device)
+    if args.sync_batchnorm and world.size > 1 and device.type == "cpu":
+        probe_synchronised(network, shape)
     trainer = Trainer(
         network,
         data,
@@ -159,6 +164,7 @@ def train(args: argparse.Namespace, recipe: Recipe, world: World, device: torch.
         world=world,
         workers=workers(args),
         identity=identity(args, size),
+        sync_batchnorm=args.sync_batchnorm,
     )
     out.print(
         f"{args.model} on {len(data.train)} images of {len(data.classes)} classes, {trainer.steps} steps of "
@@ -204,6 +210,16 @@ def probe(network: nn.Module, shape: tuple[int, ...], classes: int, device: torc
         raise UserError(f"the model gives {logits.shape[1]} logits, and its last linear layer has {classes} outputs")
 
 
+def probe_synchronised(network: nn.Module, shape: tuple[int, ...]) -> None:
+    """See that every batch norm can take the statistics of all processes on a CPU: those of fused blocks can."""
+    copied = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network)).train()
+    try:
+        with torch.no_grad():
+            copied(torch.zeros(shape))
+    except ValueError as error:
+        raise UserError(f"--sync-batchnorm: on a CPU in fused blocks alone: {error}") from error
+
+
 def open_folder(folder: Path, resume: bool, world: World) -> tuple[Path, checkpoint.Checkpoint, list[str]] | None:
     """Make ``folder``; the checkpoint to go on from, read by the first process for all.
 
@@ -232,10 +248,8 @@ def open_folder(folder: Path, resume: bool, world: World) -> tuple[Path, checkpo
 
 
 def prepare(model: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """A copy of the model as it is trained: eager or fused, in channels_last, with SyncBatchNorm when asked for."""
-    if args.sync_batchnorm:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
-    model = eager_copy(model) if args.eager else resnet_fused.fuse(model)
+    """A copy of the model as it is trained: eager or fused, in channels_last."""
+    model = eager_copy(model) if args.eager else resnet_fused.fuse(model, recompute=args.recompute)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 

@@ -168,7 +168,7 @@ def explain(
     for name, module, found in _matches(model):
         wanted = filter_fn is None or filter_fn(name, module)
         reason = found.reason if wanted or isinstance(module, FusedModule) else NOT_FUSED
-        entries.append(_entry(name, module, found, reason, backend))
+        entries.append(_entry(name, module, found, reason, backend, channels_last=True))
         if reason is None and found.spec is not None:
             taken |= {id(module)} if found.kind == "stem" else taken_by(module, found.spec)
     if generic:
@@ -179,7 +179,8 @@ def explain(
 def report(model: nn.Module, *, generic: bool = False) -> FusionReport:
     """What in ``model`` is fused, by which backend, and what is not, and why.
 
-    ``backend`` of an entry is what "auto" chooses for the device and dtype that the parameters have now. What
+    ``backend`` of an entry is what "auto" chooses for the device and dtype that the parameters have now; where the
+    tuning table has calls of these parameters, for the shapes that were tuned: "cpu (tuned)". What
     ``fuse(generic=True)`` looks at is reported where it fused something, or when ``generic`` asks for it.
     """
     _check_model(model)
@@ -194,12 +195,15 @@ def report(model: nn.Module, *, generic: bool = False) -> FusionReport:
     return FusionReport(tuple(entries))
 
 
-def _entry(name: str, module: nn.Module, found: Match, reason: str | None, backend: str) -> FusionEntry:
+def _entry(
+    name: str, module: nn.Module, found: Match, reason: str | None, backend: str, channels_last: bool = False
+) -> FusionEntry:
     label = f"{name}.stem".lstrip(".") if found.kind == "stem" else name
     if reason is not None or found.spec is None:
         return FusionEntry(label, found.kind, SKIPPED, reason or "")
     pairs = pairs_of(module, found.spec)
-    return FusionEntry(label, found.kind, FUSED, found.note, chosen_backend(found.kind, pairs, backend))
+    chosen = chosen_backend(found.kind, pairs, backend, channels_last)
+    return FusionEntry(label, found.kind, FUSED, found.note, chosen)
 
 
 def _matches(model: nn.Module) -> Iterator[tuple[str, nn.Module, Match]]:

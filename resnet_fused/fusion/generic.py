@@ -15,7 +15,7 @@ from torch import nn
 
 from resnet_fused import backends
 from resnet_fused.fusion.chains import SUM, analyse, within_reach
-from resnet_fused.fusion.choice import chosen_backend
+from resnet_fused.fusion.choice import chosen_backend, chosen_sum
 from resnet_fused.fusion.layout import relayout
 from resnet_fused.fusion.report import FUSED, SKIPPED, FusionEntry
 from resnet_fused.fusion.trace import runs_in_turn
@@ -111,8 +111,7 @@ def _backend(module: nn.Module, chain: Chain, backend: str) -> str:
         if backend != backends.AUTO:
             return backend
         weight = next(module.parameters(), None)
-        cuda = weight is not None and weight.is_cuda and backends.unavailable("triton") is None
-        return "triton" if cuda else "reference"
+        return "reference" if weight is None else chosen_sum(weight.detach().new_zeros(1, 1))
     assert chain.conv is not None and chain.norm is not None
     pairs: list[Any] = [(find(module, chain.conv), find(module, chain.norm))]
     return chosen_backend(chain.kind, pairs, backend)

@@ -166,7 +166,8 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
     convs = call.convs if call.shortcut is None else (*call.convs, call.shortcut)
     tensors = sum([conv[:6] for conv in convs], ())
     plans = _PLANS.get(tensors, (name, call.shortcut is None, *[conv[6:] for conv in convs]), dict)
-    key: tuple[Any, ...] = (backend, x.shape, x.stride(), x.dtype, torch._C._get_mkldnn_enabled())
+    switches = (torch._C._get_mkldnn_enabled(), torch.get_num_threads())  # each number of threads has its own table
+    key: tuple[Any, ...] = (backend, x.shape, x.stride(), x.dtype, switches)
     if identity is not None:
         key += (identity.shape, identity.stride(), identity.dtype, identity.device)
     plan = plans.get(key)

@@ -1,13 +1,16 @@
 """What the whole-block CUDA kernels move and compute, counted from their own tile parameters (csrc/bottleneck/tile.h).
 
-``python -m resnet_fused.roofline.whole_block`` prints the account of ResNet-50's blocks on an H200.
+``python -m resnet_fused.roofline.whole_block`` prints the account of ResNet-50's blocks on an H200, with the kernels
+that the plan chooses there.
 """
 
 from __future__ import annotations
 
+import argparse
+import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +18,11 @@ from torch import nn
 
 from resnet_fused import extension
 from resnet_fused.modules.blocks import FusedBottleneck
+from resnet_fused.ops.bottleneck import triton_config
 from resnet_fused.roofline.bound import H200, Device
 from resnet_fused.roofline.levels import count
 
 _SIZE = 2  # bytes of an element: the kernels compute bfloat16 and float16
-_WARPS_M, _WARPS_N = 4, 2
-_DEPTH = 64  # channels of a step
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,11 @@ class Account:
 
 
 def account(kernel: Mapping[str, Any], n: int, h: int, w: int, given: Assumptions | None = None) -> Account:
-    """The account of ``kernel``, a row of ``_C.bottleneck_kernels()``, on ``[n, cin, h, w]``."""
+    """The account of ``kernel``, a row of ``_C.bottleneck_kernels()``, on ``[n, cin, h, w]``.
+
+    FLOPs and the fragments that warps read of shared memory are the kernel's own constants for each tile; what crosses
+    L2 is counted here, without the halo outside of the image.
+    """
     given = given or Assumptions()
     mid, cin, stride, project = kernel["mid"], kernel["cin"], kernel["stride"], kernel["project"]
     out = 4 * mid
@@ -95,8 +101,6 @@ def account(kernel: Mapping[str, Any], n: int, h: int, w: int, given: Assumption
     pixels = n * sides[0] * sides[1]
     weights = cin * mid + 9 * mid * mid + mid * out + (cin * out if project else 0)
     useful = 2 * (n * h * w * cin * mid + pixels * (weights - cin * mid))
-    reduce_rows = kernel["passes"] * kernel["pass_rows"]
-    flops = 2 * tiles * (reduce_rows * cin * mid + kernel["rows"] * (weights - cin * mid))
     streamed = kernel["steps"] * kernel["chunk_bytes"]
     read = n * halo[0] * halo[1] * cin * _SIZE
     weight_bytes = (blocks if kernel["resident"] else tiles) * streamed
@@ -105,9 +109,47 @@ def account(kernel: Mapping[str, Any], n: int, h: int, w: int, given: Assumption
     landed = read + weight_bytes + (centre if project else 0) + hidden
     return Account(
         tiles, blocks, n * h * w * cin * _SIZE, pixels * out * _SIZE, (weights + 2 * (2 * mid + out * (1 + project))
-        + 2 * (2 * mid + out * (1 + project))) * _SIZE, read, centre, weight_bytes, useful, flops,
-        landed + tiles * _fragment_bytes(kernel, mid, cin, project),
+        + 2 * (2 * mid + out * (1 + project))) * _SIZE, read, centre, weight_bytes, useful,
+        2 * tiles * kernel["products"], landed + tiles * kernel["fragments"],
     )  # fmt: skip
+
+
+def contender_l2_bytes(
+    cin: int, mid: int, stride: int, project: bool, n: int, h: int, w: int, *, slot_in_l1: bool = False
+) -> int:
+    """Bytes through L2 of the Triton kernel (ops/bottleneck/triton_kernel.py) on an H200 for ``[n, cin, h, w]``.
+
+    Each tile reads all weights, its halo of x, the shortcut's x (a projection's once for every part of the output), and
+    nine shifted views of its slot, which the first level's cache may serve; it writes its slot and its output.
+    """
+    config = triton_config.config(mid, stride, 90)
+    tiles = n * math.prod(
+        -(-((side - 1) // stride + 1) // tile) for side, tile in zip((h, w), config.tile, strict=True)
+    )
+    pixels, out = math.prod(config.tile), 4 * mid
+    halo = math.prod((side - 1) * stride + 3 for side in config.tile)
+    weights = cin * mid + 9 * mid * mid + mid * out + (cin * out if project else 0)
+    shortcut = pixels * (cin * out // config.block_n if project else out)
+    slot = halo * mid + (0 if slot_in_l1 else 9 * pixels * mid)
+    return _SIZE * tiles * (weights + halo * cin + shortcut + slot + pixels * out)
+
+
+def with_changes(kernel: Mapping[str, Any], n: int, side: int, *, shared_weights: bool, wgmma: bool) -> float:
+    """Seconds that the account predicts for a kernel that nobody has written.
+
+    shared_weights: clusters of two blocks read their weights through L2 once for both. wgmma: the full matrix rate; a
+    group of four warps takes 64 rows, which come from shared memory once, with the weights once for each 64 rows.
+    """
+    a = account(kernel, n, side, side)
+    if shared_weights:
+        a = replace(a, weight_bytes=a.weight_bytes // 2)
+    if not wgmma:
+        return max(a.times().values())
+    first = kernel["passes"] * kernel["cin"] // 64
+    rows = first * kernel["pass_rows"] + (kernel["steps"] - first) * kernel["rows"]
+    fragments = (rows + rows // 64 * kernel["mid"]) * 128
+    a = replace(a, shared_bytes=a.shared_bytes - a.tiles * (kernel["fragments"] - fragments))
+    return max(a.times(given=Assumptions(mma=1.0)).values())
 
 
 def _covered(side: int, tiles: int, tile: int, halo: int, stride: int) -> int:
@@ -116,48 +158,84 @@ def _covered(side: int, tiles: int, tile: int, halo: int, stride: int) -> int:
     return sum(min(start + halo, side) - max(start, 0) for start in starts)
 
 
-def _fragment_bytes(kernel: Mapping[str, Any], mid: int, cin: int, project: bool) -> int:
-    """What the warps of a block read of shared memory for the products of one tile."""
-
-    def step(rows: int) -> int:  # every warp its share of the rows and of the chunk of weights
-        return _WARPS_M * _WARPS_N * (rows // _WARPS_M + mid // _WARPS_N) * _DEPTH * _SIZE
-
-    first: int = kernel["passes"] * cin // _DEPTH
-    rest: int = kernel["steps"] - first
-    return first * step(kernel["pass_rows"]) + rest * step(kernel["rows"])
-
-
-# ResNet-50's blocks in stages 2 and 3: name, kernel on an sm_90, input side.
+# ResNet-50's blocks in stages 2 and 3: name, channels of x, hidden channels, stride, projection, input side.
 BLOCKS = (
-    ("layer1.0", "bf16_mid64_c64_project_resident", 56),
-    ("layer1.1", "bf16_mid64_c256_resident", 56),
-    ("layer1.1, streamed", "bf16_mid64_c256", 56),
-    ("layer2.0", "bf16_mid128_c256_stride2", 56),
-    ("layer2.1", "bf16_mid128_c512", 28),
+    ("layer1.0", 64, 64, 1, True, 56),
+    ("layer1.1", 256, 64, 1, False, 56),
+    ("layer2.0", 256, 128, 2, True, 56),
+    ("layer2.1", 512, 128, 1, False, 28),
 )
+SHARED = 227 << 10  # bytes of an H200's shared memory that a block may have
 
 
-def main() -> int:
+def kernels(cin: int, mid: int, stride: int, project: bool) -> list[dict[str, Any]]:
+    """The bfloat16 kernels that compute a block on an H200."""
+    problem = {"element": "bf16", "cin": cin, "mid": mid, "stride": stride, "project": project}
+    rows = extension.module().bottleneck_kernels()
+    return [row for row in rows if problem.items() <= row.items() and row["shared"] <= SHARED]
+
+
+def chosen(cin: int, mid: int, stride: int, project: bool, n: int, side: int) -> dict[str, Any]:
+    """The one of them that the plan (csrc/bottleneck/plan.h) takes for ``[n, cin, side, side]``."""
+
+    def conv(c: int, k: int, kernel: int = 1, stride: int = 1) -> tuple[Any, ...]:
+        return (k, c, kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), (1, 1), 1
+
+    convs = [conv(cin, mid), conv(mid, mid, 3, stride), conv(mid, 4 * mid)]
+    shortcut = conv(cin, 4 * mid, stride=stride) if project else None
+    device = (SHARED, Assumptions.multiprocessors)
+    name, reason = extension.module().bottleneck_choice((n, cin, side, side), convs, shortcut, True, *device)
+    if reason:
+        raise ValueError(reason)
+    return next(row for row in kernels(cin, mid, stride, project) if row["name"] == name)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The account of ResNet-50's whole-block kernels on an H200.")
+    parser.add_argument("--all", action="store_true", help="every kernel that fits, not the plan's choice alone")
+    every = parser.parse_args(argv).all
     reason = extension.missing()
     if reason:
         print(reason, file=sys.stderr)
         return 1
-    rows = {row["name"]: row for row in extension.module().bottleneck_kernels()}
-    print("| block | batch | tiles | FLOPs done / useful | L2 / memory bytes | memory us | L2 us | mma us | shared us "
-          "| **predicted us** | whole-block bound us | per-conv bound us |")  # fmt: skip
-    print("|---|" + "---:|" * 11)
-    for name, kernel, side in BLOCKS:
-        for n in (1, 32, 256):
-            a = account(rows[kernel], n, side, side)
-            times = list(a.times().values())
-            memory = a.x_bytes + a.out_bytes + a.parameter_bytes
-            counts = count(_module(rows[kernel]), (n, rows[kernel]["cin"], side, side))
-            bounds = [counts[level].bound(H200, torch.bfloat16).seconds for level in ("block", "conv")]
-            cells = [f"{1e6 * seconds:.1f}" for seconds in (*times, max(times), *bounds)]
-            cells[4] = f"**{cells[4]}**"
-            ratios = f"{a.flops / a.useful_flops:.2f} | {a.l2_bytes / memory:.2f}"
-            print(f"| {name} | {n} | {a.tiles} | {ratios} | {' | '.join(cells)} |")
+    print("| block | batch | kernel | tiles | FLOPs done / useful | L2 / memory bytes | memory us | L2 us | mma us "
+          "| shared us | **predicted us** | whole-block bound us | per-conv bound us |")  # fmt: skip
+    print("|---|---:|---|" + "---:|" * 10)
+    for name, cin, mid, stride, project, side in BLOCKS:
+        for n in (1, 8, 32, 256):
+            plan = chosen(cin, mid, stride, project, n, side)
+            for kernel in kernels(cin, mid, stride, project) if every else [plan]:
+                print(f"| {name} | {n} | {kernel['name'].removeprefix('bf16_')} | {_cells(kernel, n, side)} |")
+    print("\n| block, by Triton | batch | L2 us | L2 us, the slot read from L1 |\n|---|---:|---:|---:|")
+    for name, cin, mid, stride, project, side in BLOCKS:
+        for n in (32, 256):
+            problem = (cin, mid, stride, project, n, side, side)
+            moved = [contender_l2_bytes(*problem, slot_in_l1=near) for near in (False, True)]
+            cells = " | ".join(f"{1e6 * size / Assumptions.l2_bytes_per_s:.1f}" for size in moved)
+            print(f"| {name} | {n} | {cells} |")
+    print(
+        "\n| block, batch 256 | predicted us | weights for two | wgmma | both | per-conv bound us |\n|---"
+        + "|---:" * 5
+        + "|"
+    )
+    for name, cin, mid, stride, project, side in BLOCKS:
+        kernel = chosen(cin, mid, stride, project, 256, side)
+        changes = [(False, False), (True, False), (False, True), (True, True)]
+        seconds = [with_changes(kernel, 256, side, shared_weights=a, wgmma=b) for a, b in changes]
+        seconds.append(count(_module(kernel), (256, cin, side, side))["conv"].bound(H200, torch.bfloat16).seconds)
+        print(f"| {name} | " + " | ".join(f"{1e6 * value:.1f}" for value in seconds) + " |")
     return 0
+
+
+def _cells(kernel: Mapping[str, Any], n: int, side: int) -> str:
+    a = account(kernel, n, side, side)
+    times = list(a.times().values())
+    memory = a.x_bytes + a.out_bytes + a.parameter_bytes
+    counts = count(_module(kernel), (n, kernel["cin"], side, side))
+    bounds = [counts[level].bound(H200, torch.bfloat16).seconds for level in ("block", "conv")]
+    cells = [f"{1e6 * seconds:.1f}" for seconds in (*times, max(times), *bounds)]
+    cells[4] = f"**{cells[4]}**"
+    return " | ".join([f"{a.tiles}", f"{a.flops / a.useful_flops:.2f}", f"{a.l2_bytes / memory:.2f}", *cells])
 
 
 def _module(kernel: Mapping[str, Any]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from resnet_fused.fusion.api import unfuse
 from resnet_fused.modules import FusedConvBNReLU
+from resnet_fused.modules.base import FusedModule
 from resnet_fused.modules.block import FusedBlock
 from resnet_fused.modules.conv_bn_relu import FusedStem
 from resnet_fused.modules.spec import find
@@ -42,6 +44,16 @@ def eager_copy(model: M, *, like: nn.Module | None = None) -> M:
             instance.forward = MethodType(_block, module)
         elif isinstance(module, FusedConvBNReLU):
             instance.forward = MethodType(_conv_bn_relu, module)
+    return model
+
+
+def original(model: M) -> M:
+    """A copy of what ``eager_copy`` gave in which modules that are ours compute as their classes do again."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, FusedModule):
+            for name in ("forward", "run_stem"):
+                module.__dict__.pop(name, None)
     return model
 
 

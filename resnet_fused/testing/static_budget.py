@@ -129,6 +129,10 @@ def _launch(mangled: str, launches: dict[str, tuple[str, int, int]]) -> tuple[st
     short = "fp32" if element == "float" else element
     if "reduce_kernel" in mangled:
         return f"{short}_reduce", _DEFAULT_THREADS, 0
+    if match := re.search(r"norm\d+(\w+?)_kernel", mangled):
+        width, last = (numbers[0], "Lb1E" in mangled) if numbers else ("", False)
+        layout = f"_{'channels_last' if last else 'nchw'}{width}" if numbers else ""
+        return f"{short}_norm_{match[1]}{layout}", _DEFAULT_THREADS, 0
     op = "relu_backward" if "ReluBackward" in mangled else "add_relu"
     shape = "strided" if "strided_kernel" in mangled else f"flat{numbers[0]}"
     return f"{short}_{op}_{shape}", _DEFAULT_THREADS, 0

@@ -56,6 +56,7 @@ class Trainer:
         world: this process among all; with more than one the model is wrapped in DistributedDataParallel.
         workers: processes that load images; 0 loads them in this one. It changes no result.
         identity: further facts that a checkpoint must share with this run.
+        sync_batchnorm: whether batch norms take the statistics of all processes, as nn.SyncBatchNorm.
 
     ``step`` counts the optimiser's steps; ``history`` has a row for each epoch that is complete.
     """
@@ -71,6 +72,7 @@ class Trainer:
         world: World | None = None,
         workers: int = 0,
         identity: dict[str, Any] | None = None,
+        sync_batchnorm: bool = False,
     ) -> None:
         self.model, self.data, self.recipe, self.device = model, data, recipe, device
         self.frozen, self.world, self.workers = frozen, world or World(), workers
@@ -100,6 +102,10 @@ class Trainer:
         if self.world.size > 1:
             devices = [device.index] if device.type == "cuda" else None
             self.network = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+        if sync_batchnorm:  # only now: DistributedDataParallel takes none on a CPU; parameters and buffers stay
+            names = [name for name, module in model.named_modules() if any(module is f for f in frozen)]
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+            self.frozen = [model.get_submodule(name) for name in names]
         torch.manual_seed((recipe.seed + self.world.rank) % 2**63)  # for dropout and the like
 
     def run(

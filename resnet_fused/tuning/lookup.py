@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ _tables: dict[tuple[torch.device, int], dict[str, Entry]] = {}
 _found: dict[tuple[Any, ...], Found | None] = {}
 _trial: tuple[str, Found] | None = None
 _recorder: Recorder | None = None
+_read_on = False  # whether tables are read while calls are recorded
 
 
 class Configured(NamedTuple):
@@ -56,19 +58,20 @@ def find(op: str, call: Any) -> Found | None:
         return _trial[1]
     if _recorder is not None:
         _recorder(op, call)
-        return None
-    device = call[0].device
+        if not _read_on:
+            return None
+    device, decided = call[0].device, _found
     known = _table(device)
     if not known:
         return None
     memo = (op, device, torch.get_num_threads(), _flags(device), *_facts(call))
-    if memo not in _found:
-        if len(_found) >= 4096:
-            _found.clear()
+    if memo not in decided:
+        if len(decided) >= 4096:
+            decided.clear()
         text = key(op, call)
         entry = None if text is None else known.get(text)
-        _found[memo] = None if entry is None else Found(entry)
-    return _found.get(memo)
+        decided[memo] = None if entry is None else Found(entry)
+    return decided.get(memo)
 
 
 def key(op: str, call: Any) -> str | None:
@@ -144,8 +147,8 @@ def _flags(device: torch.device) -> str:
 
 def _table(device: torch.device) -> dict[str, Entry]:
     """Shipped entries, and over them the user's own; read once."""
-    at = (device, 0 if device.type == "cuda" else torch.get_num_threads())
-    if at not in _tables:
+    at, tables = (device, 0 if device.type == "cuda" else torch.get_num_threads()), _tables
+    if at not in tables:
         entries: dict[str, Entry] = {}
         if os.environ.get("RESNET_FUSED_TUNING", "1") != "0":
             facts = environment.describe(device)
@@ -153,16 +156,46 @@ def _table(device: torch.device) -> dict[str, Entry]:
                 with contextlib.suppress(table.TableError):  # another device's
                     entries |= table.read(path, facts)
             entries |= table.load(environment.path_for(facts), facts)
-        _tables[at] = entries
-    return _tables[at]
+        tables[at] = entries
+    return tables[at]
+
+
+def summary(device: torch.device) -> str:
+    """How many entries decide on this device, and a digest of what they say; empty where there are none."""
+    entries = _table(device)
+    said = repr(sorted((key, entry.backend, entry.config) for key, entry in entries.items()))
+    return f"{len(entries)} entries {hashlib.sha256(said.encode()).hexdigest()[:8]}" if entries else ""
+
+
+def alike(op: str, call: Any, channels_last: bool = False) -> list[Entry]:
+    """The entries for calls with the same weights and geometry as this one, whatever the batch and the size of the
+    images and their layout, in the order of their keys. ``channels_last``: as if the weights lay so."""
+    wanted = key(op, call) if op in OPS else None
+    if wanted is None:
+        return []
+    pattern = _of_weights(wanted.replace(":nchw", ":nhwc") if channels_last else wanted)
+    return [entry for text, entry in sorted(_table(call[0].device).items()) if _of_weights(text) == pattern]
+
+
+def _of_weights(text: str) -> list[str]:
+    """The words of a key without what its images decide: of the first tensor dtype and channels are left, and what
+    follows the weights (a residual and the activation, or an identity) is not."""
+    op, *words = text.split(" ")
+    at = next((i for i, word in enumerate(words) if ":" in word), None)
+    if at is None:
+        return [text]
+    dtype, _, shape = words[at].partition(":")
+    if op == "add_relu":
+        return [op, *words[:at], dtype]
+    return [op, *words[:at], dtype, *shape.split("x")[1:2], *words[at + 1 : {"conv_bn_act": -2}.get(op, -1)]]
 
 
 def forget() -> None:
     """Read the tables anew at the next call, and choose anew for every call."""
+    global _tables, _found
     from resnet_fused.ops import packed
 
-    _tables.clear()
-    _found.clear()
+    _tables, _found = {}, {}  # not emptied: another thread may still be writing what it read in the old ones
     packed.clear()  # among others, what was chosen for each block
 
 
@@ -178,13 +211,14 @@ def trial(op: str, found: Found) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
-    """``recorder`` is told each call that a table could decide, with the op's name; tables are not read meanwhile."""
-    global _recorder
+def recording(recorder: Recorder, *, read: bool = False) -> Iterator[None]:
+    """``recorder`` is told each call that a table could decide, with the op's name. Tables are not read meanwhile
+    unless ``read``: the calls are then those that are made once what the tables say is followed."""
+    global _recorder, _read_on
     forget()
-    before, _recorder = _recorder, recorder
+    before, _recorder, _read_on = (_recorder, _read_on), recorder, read
     try:
         yield
     finally:
-        _recorder = before
+        _recorder, _read_on = before
         forget()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBNActCall
 from resnet_fused.ops.layout import with_strides
 from resnet_fused.testing.budget import measure
-from resnet_fused.testing.timing import Sample, interleaved
+from resnet_fused.testing.timing import Sample, Timing, interleaved
 from resnet_fused.tuning import environment, layouts, lookup, table
 from resnet_fused.tuning.table import Entry
 
 EAGER = backends.Backend.REFERENCE.value
+MARGIN = 0.02  # a median nearer than this to another is no win: repeated runs differ by as much
 _INPUTS = ("x", "a", "b", "residual", "identity")
 
 Call = Callable[[], Tensor]
@@ -73,8 +74,10 @@ def tune(
 
     The calls are those of the fused parts, once per op and shapes; the tensors that are timed are random, with the
     model's own weights. A candidate whose error is outside of the budget, or that raises, is left out. The fastest
-    median wins, eager PyTorch in either memory format being among the candidates; of equal ones the first in the
-    order of the static rule. ``backend="auto"`` follows the table from then on, in this process and in later ones.
+    wins that beats the static rule's choice beyond noise (:func:`beats`), eager PyTorch in either memory format being
+    among the candidates; else that choice stays. ``backend="auto"`` follows the table from then on, in this process and
+    in later ones. On a CPU each number of threads has a table of its own: at another one the static rule holds until
+    it is tuned too.
 
     Args:
         model: a fused model in eval mode.
@@ -123,9 +126,12 @@ def ship(results: Sequence[Tuned], device: torch.device, path: Path) -> None:
     table.merge(path, bound, {result.key: result.entry for result in results})
 
 
-def record(model: nn.Module, *inputs: Any) -> dict[str, tuple[str, Any]]:
+def record(model: nn.Module, *inputs: Any, tuned: bool = False) -> dict[str, tuple[str, Any]]:
     """The op and call behind each distinct key of ``model(*inputs)``: first single ops, then blocks. Inputs of the
-    calls are random."""
+    calls are random.
+
+    With the convolutions of every block, or where ``tuned`` with those alone that run by themselves, as the tables say.
+    """
     singles: dict[str, tuple[str, Any]] = {}
     blocks: dict[str, tuple[str, Any]] = {}
 
@@ -136,10 +142,10 @@ def record(model: nn.Module, *inputs: Any) -> dict[str, tuple[str, Any]]:
             return
         found[key] = (op, _detached(call))
 
-    with lookup.recording(keep):
+    with lookup.recording(keep, read=tuned):
         warmup(model, *inputs)
         with torch.no_grad():
-            for _, call in list(blocks.values()):
+            for _, call in () if tuned else list(blocks.values()):
                 run_chain(call, lambda c: _kept(c, keep))
     return singles | blocks
 
@@ -210,10 +216,25 @@ def tune_call(op: str, call: Any, *, repeats: int, max_seconds: float, sample: S
             excluded[label(entry)] = problem
     timings = interleaved(runs, device=call[0].device, repeats=repeats, max_seconds=max_seconds, sample=sample)
     times = {name: round(1e3 * timing.p50, 6) for name, timing in timings.items()}
-    best = min(times, key=times.__getitem__)  # the first of equal ones
+    if not timings:
+        raise RuntimeError(f"{op}: no backend is within the error budget: {excluded}")
+    best = pick(timings)
     key = lookup.key(op, call)
     assert key is not None
     return Tuned(key, Entry(entries[best].backend, entries[best].config, times), excluded)
+
+
+def beats(one: Timing, other: Timing) -> bool:
+    """Whether ``one`` is faster beyond noise: by more than MARGIN, and in four samples of five below the median."""
+    return one.p50 < (1 - MARGIN) * other.p50 and one.p80 < other.p50
+
+
+def pick(timings: Mapping[str, Timing]) -> str:
+    """The fastest of those that beat the first, the static rule's choice; where none does, that. Of equal ones the
+    earlier wins, so the same timings give the same choice."""
+    first = next(iter(timings.values()))
+    challengers = [name for name, timing in timings.items() if beats(timing, first)]
+    return min(challengers, key=lambda name: timings[name].p50, default=next(iter(timings)))
 
 
 def runner(op: str, call: Any, entry: Entry) -> Call:
@@ -240,17 +261,25 @@ def runner(op: str, call: Any, entry: Entry) -> Call:
 
 
 class _Gate:
-    """Compares candidates with float64, on the first and the last image of the batch."""
+    """Compares candidates with float64, on the first and the last image of the batch, in eager's error in either memory
+    format. One image alone counts twice as well: eager may then sum in another order, and both are its error."""
 
     def __init__(self, op: str, call: Any) -> None:
-        run = _eager(op)
+        run = eager(op)
         self.some = sorted({0, call[0].shape[0] - 1})
         few = _with_inputs(call, lambda x: x[self.some].clone(memory_format=torch.preserve_format))
+        given = [few]
+        if len(self.some) == 1:
+            given.append(_with_inputs(few, lambda x: torch.cat([x, x])))
         with torch.no_grad():
             self.reference = run(_map(few, Tensor.double))
             self.eager = run(few)
-            turned = [run(layouts.turned(few, name)) for name in lookup.LAYOUTS] if op != "add_relu" else [self.eager]
-            self.other = max(turned, key=lambda y: float((y.double() - self.reference).abs().nan_to_num().max()))
+            self.others = [
+                run(layouts.turned(one, name))[: len(self.some)]
+                for one in given
+                for name in lookup.LAYOUTS
+                if op != "add_relu"
+            ]
             self.whole = run(_map(call, lambda x: x.to("meta")))
 
     def problem(self, run: Call) -> str | None:
@@ -259,11 +288,11 @@ class _Gate:
         for attribute in ("shape", "dtype"):
             if getattr(out, attribute) != getattr(self.whole, attribute):
                 return f"{attribute} {getattr(out, attribute)}, eager's {getattr(self.whole, attribute)}"
-        error = measure(out[self.some], self.eager, self.reference, self.other)
+        error = measure(out[self.some], self.eager, self.reference, *self.others)
         return None if error.ok else f"error is {error.ratio:.3g} of the budget"
 
 
-def _eager(op: str) -> Callable[[Any], Tensor]:
+def eager(op: str) -> Callable[[Any], Tensor]:
     """Eager PyTorch on a call of this op."""
     if op in ("basic_block", "bottleneck"):
         return lambda call: run_chain(call, reference.run)

@@ -110,6 +110,32 @@ def blocks() -> None:
                         torch.library.opcheck(op, tuple(flat))
 
 
+def padding_as_wide_as_the_filter() -> None:
+    """In the first convolution of a block, and in its projection: oneDNN would write beyond its memory."""
+    padded = conv(64, 16, 1, 1, torch.float32)._replace(padding=(1, 1))
+    convs = (padded, conv(16, 16, 3, 1, torch.float32), conv(16, 64, 1, 1, torch.float32))
+    wide = (conv(64, 16, 3, 1, torch.float32)._replace(padding=(2, 2)), *convs[1:])
+    x = torch.randn(3, 64, 9, 9).contiguous(memory_format=FORMATS[0])
+    op = torch.ops.resnet_fused.bottleneck.default
+    for block_convs, shortcut, ready in (
+        (convs, None, torch.randn(3, 64, 11, 11)),
+        (wide, conv(64, 64, 1, 1, torch.float32)._replace(padding=(1, 1)), None),
+    ):
+        call = BlockCall(x, block_convs, shortcut, ready)
+        flat = [x, *(v for c in block_convs for v in c), *(shortcut or block._NO_CONV), ready]
+        eager = block.run_chain(call, reference.run)
+        doubled = [ConvBN(*[None if t is None else t.double() for t in c[:6]], *c[6:]) for c in block_convs]
+        short = shortcut and ConvBN(*[None if t is None else t.double() for t in shortcut[:6]], *shortcut[6:])
+        exact = BlockCall(x.double(), tuple(doubled), short, None if ready is None else ready.double())
+        check(op(*flat, "auto"), eager, block.run_chain(exact, reference.run), eager, "wide padding")
+        try:
+            op(*flat, "onednn")
+        except RuntimeError as error:
+            assert "padding is as wide as the filter" in str(error), str(error)
+        else:
+            raise AssertionError("wide padding: nothing was raised")
+
+
 def refusals() -> None:
     call = CONV_CASES[0].make(torch.float32)
     bad = [
@@ -135,6 +161,6 @@ def refusals() -> None:
 
 
 assert torch._C._dispatch_has_kernel_for_dispatch_key("resnet_fused::conv_bn_act", "CPU")
-for part in (conv_bn_act, specials, blocks, refusals):
+for part in (conv_bn_act, specials, blocks, padding_as_wide_as_the_filter, refusals):
     part()
     print(part.__name__)

@@ -79,6 +79,7 @@ V load_global(const void* from) {
 template <class V>
 void store_global(void* to, const V& v) {
   check_aligned(to, sizeof(V));
+  simt::note_store(to, sizeof(V));
   std::memcpy(to, &v, sizeof(V));
 }
 
@@ -112,11 +113,14 @@ void load_matrix(uint32_t (&out)[COUNT], SharedAddress row, const char* file = _
                  int line = __builtin_LINE()) {
   simt::warp_collective("load_matrix", file, line, &row, out, [](const void* const* in, void* const* out) {
     for (int matrix = 0; matrix < COUNT; ++matrix) {
+      SharedAddress rows[8];
+      for (int r = 0; r < 8; ++r) rows[r] = *static_cast<const SharedAddress*>(in[matrix * 8 + r]);
+      simt::count_bank_conflicts(rows);
       uint16_t tile[8][8];
       for (int r = 0; r < 8; ++r) {
         simt::Instant now = simt::now();
         now.thread = now.thread / 32 * 32 + matrix * 8 + r;  // the lane that gave the row's address
-        simt::shared_memory().read(*static_cast<const SharedAddress*>(in[matrix * 8 + r]), tile[r], 16, now);
+        simt::shared_memory().read(rows[r], tile[r], 16, now);
       }
       for (int lane = 0; lane < 32; ++lane) {
         const int r = lane / 4, c = lane % 4 * 2;

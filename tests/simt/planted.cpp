@@ -106,6 +106,9 @@ void run_planted(const char* name) {
     run([&] {
       if (rf::thread_x() != 5) rf::ballot(true);
     });
+  } else if (is("stored_twice")) {
+    write_once(out.get(), 64 * sizeof(float));
+    run([&] { rf::store_global(out.get() + rf::thread_x(), 1.0f); });  // by both blocks
   } else if (is("shared_out_of_bounds")) {
     run([&] { rf::store_shared(rf::dynamic_shared() + 64 * 16, 1.0f); });
   } else if (is("shared_uninitialised")) {

@@ -17,6 +17,7 @@ struct HostLauncher {
 void list_conv_kernels();
 void run_conv(Request& request);
 void run_add_relu(Request& request);
+void run_batch_norm_act(Request& request);
 void run_bottleneck(Request& request);
 void run_planted(const char* name);
 

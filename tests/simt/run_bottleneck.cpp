@@ -50,11 +50,13 @@ void run_bottleneck(Request& request) {
     return;
   }
   std::printf("kernel %s grid %u tiles %d\n", info(plan.kernel).name, plan.grid, plan.args.tiles);
+  write_once(args.out, static_cast<size_t>(request.integer("out_bytes")));
   if (element == Element::kBF16) {
     run_part<rf::bf16, Element::kBF16>(plan, HostLauncher{});
   } else {
     run_part<rf::fp16, Element::kFP16>(plan, HostLauncher{});
   }
+  std::printf("bank conflicts %llu\n", static_cast<unsigned long long>(bank_conflicts()));
   request.save("out");
 }
 

@@ -68,6 +68,9 @@ ucontext_t scheduler;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
 std::mt19937_64 random_order(0);
+uint64_t conflicts = 0;
+const uint8_t* once = nullptr;
+std::vector<bool> stored;  // which bytes behind `once` the launch has stored to
 
 #if defined(__SANITIZE_ADDRESS__)
 void start_switch(const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(nullptr, stack, bytes); }
@@ -174,6 +177,7 @@ void launch(Dim3 grid, unsigned threads, size_t shared_bytes, const std::functio
     fail("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
   }
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
+  conflicts = 0;
   block.grid = grid;
   block.threads = threads;
   block.body = &body;
@@ -256,6 +260,30 @@ void warp_barrier(const char* file, int line) {
   warp_collective("warp barrier", file, line, nullptr, nullptr,
                   [](const void* const*, void* const*) { ++block.warps[block.current / kWarpSize].epoch; });
 }
+
+void write_once(const void* buffer, size_t bytes) {
+  once = static_cast<const uint8_t*>(buffer);
+  stored.assign(bytes, false);
+}
+
+void note_store(const void* to, size_t bytes) {
+  const auto* first = static_cast<const uint8_t*>(to);
+  if (first < once || first >= once + stored.size()) return;
+  for (auto at = static_cast<size_t>(first - once), end = std::min(at + bytes, stored.size()); at < end; ++at) {
+    if (stored[at]) fail("byte %zu of the output is stored to a second time", at);
+    stored[at] = true;
+  }
+}
+
+void count_bank_conflicts(const uint32_t (&rows)[8]) {
+  for (int i = 1; i < 8; ++i) {  // a row is 16 bytes, four of the 32 banks; the same row is read once for all
+    conflicts += std::any_of(rows, rows + i, [&](uint32_t other) {
+      return other != rows[i] && other / 16 % 8 == rows[i] / 16 % 8;
+    });
+  }
+}
+
+uint64_t bank_conflicts() { return conflicts; }
 
 void multiply_tiles(float (&d)[16][8], const float* a, const float* b, int k) {
   for (int row = 0; row < 16; ++row) {

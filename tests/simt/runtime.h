@@ -38,6 +38,15 @@ void warp_barrier(const char* file, int line);
 using WarpCompute = void (*)(const void* const* in, void* const* out);
 void warp_collective(const char* name, const char* file, int line, const void* in, void* out, WarpCompute compute);
 
+// Of this buffer the next launch may store to every byte once: blocks that run one after another would hide that two of
+// them write the same place.
+void write_once(const void* buffer, size_t bytes);
+void note_store(const void* to, size_t bytes);
+
+// Of the eight rows that ldmatrix reads at once, those that wait for another one in the same banks, summed over a launch.
+void count_bank_conflicts(const uint32_t (&rows)[8]);
+uint64_t bank_conflicts();
+
 // The sums of mma.sync, over whole tiles: d[16][8] += a[16][k] · b[k][8].
 void multiply_tiles(float (&d)[16][8], const float* a, const float* b, int k);
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+BUILD = HERE.parents[1] / "build" / "simt"
 FLAGS = ("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer",
          "-fsanitize=address,undefined", "-fno-sanitize-recover=all")  # fmt: skip
 COMPILER = os.environ.get("CXX", "g++")
@@ -33,32 +35,39 @@ def missing_compiler() -> str | None:
 @functools.cache
 def runner() -> Path:
     """The built runner; objects are kept in build/simt and named by the hash of all sources."""
-    sources = sorted(HERE.glob("*.cpp"))
-    headers = sorted([*HERE.glob("*.h"), *CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])
-    digest = hashlib.sha256(" ".join((COMPILER, *FLAGS)).encode())
-    for header in headers:
-        digest.update(header.read_bytes())
-    folder = HERE.parents[1] / "build" / "simt"
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def compile_one(source: Path) -> Path:
-        key = digest.copy()
-        key.update(source.read_bytes())
-        target = folder / f"{source.stem}-{key.hexdigest()[:16]}.o"
-        if not target.exists():
-            partial = target.with_suffix(f".{os.getpid()}.tmp")
-            _call([COMPILER, *FLAGS, f"-I{CSRC}", f"-I{HERE}", "-c", str(source), "-o", str(partial)])
-            partial.replace(target)
-        return target
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
+        return link(list(pool.map(build, sources())))
+
+
+def sources() -> list[Path]:
+    return sorted(HERE.glob("*.cpp"))
+
+
+def build(source: Path, csrc: Path = CSRC, folder: Path = BUILD) -> Path:
+    """The object of ``source`` with the kernels in ``csrc``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{source.stem}-{_digest(csrc, source)}.o"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}.tmp")
+        _call([COMPILER, *FLAGS, f"-I{csrc}", f"-I{HERE}", "-c", str(source), "-o", str(partial)])
+        partial.replace(target)
+    return target
+
+
+def link(objects: list[Path], folder: Path = BUILD) -> Path:
     program = folder / ("runner-" + hashlib.sha256(" ".join(o.name for o in objects).encode()).hexdigest()[:16])
     if not program.exists():
         partial = program.with_suffix(f".{os.getpid()}.tmp")
         _call([COMPILER, *FLAGS, *map(str, objects), "-o", str(partial)])
         partial.replace(program)
     return program
+
+
+def _digest(csrc: Path, source: Path) -> str:
+    digest = hashlib.sha256(" ".join((COMPILER, *FLAGS)).encode())
+    for path in (*sorted([*HERE.glob("*.h"), *csrc.rglob("*.h"), *csrc.rglob("*.cuh")]), source):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def call(*arguments: str) -> str:
@@ -74,6 +83,14 @@ def call(*arguments: str) -> str:
 
 def run(command: str, values: dict[str, object], tensors: dict[str, Tensor | None], out: str) -> tuple[str, bytes]:
     """Run ``command`` on the raw bytes of ``tensors``; give what it printed and the bytes of tensor ``out``."""
+    text, found = run_many(command, values, tensors, (out,))
+    return text, found.get(out, b"")
+
+
+def run_many(
+    command: str, values: dict[str, object], tensors: dict[str, Tensor | None], outs: Iterable[str]
+) -> tuple[str, dict[str, bytes]]:
+    """As ``run``, with the bytes of every tensor of ``outs`` that there is."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines = [f"{key} {value}" for key, value in values.items()]
@@ -82,8 +99,8 @@ def run(command: str, values: dict[str, object], tensors: dict[str, Tensor | Non
             if tensor is not None:
                 (folder / f"{key}.bin").write_bytes(to_bytes(tensor))
         text = call(command, name)
-        path = folder / f"{out}.bin"
-        return text, path.read_bytes() if path.exists() else b""
+        paths = {name: folder / f"{name}.bin" for name in outs}
+        return text, {name: path.read_bytes() for name, path in paths.items() if path.exists()}
 
 
 def to_bytes(tensor: Tensor) -> bytes:

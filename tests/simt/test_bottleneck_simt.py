@@ -47,15 +47,20 @@ class Problem:
 KERNELS = {
     "mid64_c256_resident": Problem(256, 64, False),
     "mid64_c256": Problem(256, 64, False),
+    "mid64_c256_small": Problem(256, 64, False),
     "mid64_c64_project_resident": Problem(64, 64, True),
     "mid64_c64_project": Problem(64, 64, True),
+    "mid64_c64_project_small": Problem(64, 64, True),
     "mid64_c256_project": Problem(256, 64, True),
     "mid128_c512": Problem(512, 128, False),
     "mid128_c512_small": Problem(512, 128, False),
+    "mid128_c512_tight": Problem(512, 128, False),
     "mid128_c256_project": Problem(256, 128, True),
     "mid128_c256_project_small": Problem(256, 128, True),
     "mid128_c256_stride2": Problem(256, 128, True, 2),
+    "mid128_c256_stride2_small": Problem(256, 128, True, 2),
 }
+TILES = {"mid128_c512": (28, 4), "mid128_c256_stride2": (7, 14), "mid128_c256_stride2_small": (7, 7)}
 
 
 def eager(call: BlockCall) -> torch.Tensor:
@@ -73,20 +78,22 @@ def exact(call: BlockCall) -> torch.Tensor:
 def check(call: BlockCall, options: Options, expect: str = "") -> torch.Tensor:
     text, out = bottleneck_calls.run(call, options)
     assert expect in text, text
+    assert "bank conflicts 0\n" in text, text
     assert_within_budget(out, eager(call), exact(call))
     return out
 
 
 def half_of(name: str) -> list[str]:
     """The dtypes that a kernel is tried in: they differ in one instruction, so fp16 need not see every tile."""
-    return ["bf16", "fp16"] if name in ("mid64_c256", "mid64_c64_project", "mid128_c256_stride2") else ["bf16"]
+    return ["bf16", "fp16"] if name in ("mid64_c256", "mid64_c64_project", "mid128_c256_stride2_small") else ["bf16"]
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(dtype, name) for name in KERNELS for dtype in half_of(name)])
 def test_kernel(dtype: str, name: str) -> None:
     """A full tile and ragged ones on its right, below it and across; each block goes through several tiles."""
     problem = KERNELS[name]
-    h, w = (15, 17) if problem.stride == 2 else (9, 17)
+    small = name.endswith(("small", "tight"))
+    h, w = [side * problem.stride + 1 for side in TILES.get(name, (8, 8) if small else (8, 16))]
     blocks = 1 if name in ("mid64_c256", "mid64_c256_resident") else 2
     options = Options(f"{dtype}_{name}", multiprocessors=blocks)
     check(problem.make(1, h, w, DTYPES[dtype]), options, f"kernel {dtype}_{name} ")
@@ -100,8 +107,8 @@ def test_kernel(dtype: str, name: str) -> None:
         ("mid64_c256_resident", 3, 2),
         ("mid64_c64_project", 2, 3),
         ("mid64_c64_project_resident", 1, 7),
-        ("mid128_c256_stride2", 6, 4),
-        ("mid128_c256_stride2", 1, 2),
+        ("mid128_c256_stride2_small", 6, 4),
+        ("mid128_c256_stride2_small", 1, 2),
     ],
 )
 def test_small_images_and_batch(name: str, h: int, w: int) -> None:

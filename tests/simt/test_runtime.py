@@ -18,6 +18,7 @@ RUNTIME_FAULTS = {
     "divergent_barrier": "divergent barrier",
     "two_barriers": "divergent barrier",
     "divergent_warp": "divergent ballot",
+    "stored_twice": "a second time",
     "shared_out_of_bounds": "outside the block's",
     "shared_uninitialised": "nobody wrote",
     "shared_misaligned": "misaligned",

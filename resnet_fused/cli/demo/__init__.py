@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 import resnet_fused
-from resnet_fused.cli.bench import BASELINES
 from resnet_fused.cli.common import UserError, console, pick_device, print_json, to_json
+from resnet_fused.cli.demo.variants import BASELINES
 
 NEEDED = {"sklearn": "scikit-learn", "PIL": "pillow", "matplotlib": "matplotlib"}
 

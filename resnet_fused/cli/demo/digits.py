@@ -10,8 +10,8 @@ from rich.console import Console
 from torch import nn
 
 import resnet_fused
-from resnet_fused.cli.bench import time_variants, variants
 from resnet_fused.cli.common import steps
+from resnet_fused.cli.demo.variants import time_variants, variants
 from resnet_fused.testing.compare import check
 from resnet_fused.training import Data, Recipe, Trainer
 from resnet_fused.training.data import TensorImages, digits

@@ -11,8 +11,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import resnet_fused
-from resnet_fused.cli.bench import time_variants, variants
 from resnet_fused.cli.common import DTYPES, steps
+from resnet_fused.cli.demo.variants import time_variants, variants
 from resnet_fused.testing.compare import check, fused_parts
 from resnet_fused.testing.statistics import calibrate
 from resnet_fused.testing.timing import interleaved

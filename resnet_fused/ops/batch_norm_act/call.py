@@ -79,6 +79,13 @@ def empty_output(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=dense_format(x))
 
 
+def written(*vectors: Tensor | None) -> None:
+    """Tell autograd that a kernel of ours wrote these, so that a gradient that needs the old values says so."""
+    for vector in vectors:
+        if vector is not None and not vector.is_inference():
+            torch.autograd.graph.increment_version(vector)
+
+
 def check_call(call: BatchNormCall) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the call is sound."""
     x = call.x

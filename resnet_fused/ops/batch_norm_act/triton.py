@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused import backends
-from resnet_fused.ops.batch_norm_act.call import BatchNormCall, GradientCall, dense_format, empty_output
+from resnet_fused.ops.batch_norm_act.call import BatchNormCall, GradientCall, dense_format, empty_output, written
 from resnet_fused.ops.convbn import short_dtype
 
 _FUSION = {"enable_fp_fusion": True}  # the default of Triton changes
@@ -227,9 +227,7 @@ def run(call: BatchNormCall) -> tuple[Tensor, Tensor, Tensor]:
             partial, mean, rstd, call.running_mean, call.running_var, batches, plan.sizes[0], x.shape[1],
             plan.rows, plan.splits, float(call.momentum or 0.0), call.eps, BC=MERGE_BLOCK, num_warps=4, **_FUSION,
         )  # fmt: skip
-        for written in (call.running_mean, call.running_var):
-            if written is not None and not written.is_inference():
-                torch.autograd.graph.increment_version(written)
+        written(call.running_mean, call.running_var)
         return apply(call, mean, rstd), mean, rstd
 
 

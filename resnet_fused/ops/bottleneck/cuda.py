@@ -33,24 +33,25 @@ def supports(call: BlockCall) -> str | None:
         return "its whole-block kernels add x or a projection of x, no other tensor"
     if x.dtype not in _DTYPES:
         return f"its whole-block kernels compute bfloat16 and float16, not {short_dtype(x.dtype)}"
-    capability, shared = _device(x.device)
+    capability, shared, multiprocessors = _device(x.device)
     if capability < (8, 0):
         return "it needs compute capability 8.0"
-    return kernel_for(call, shared)[1]
+    return kernel_for(call, shared, multiprocessors)[1]
 
 
 def configs(call: BlockCall) -> tuple[str, ...]:
     """The kernels that compute this block on its device, the default first, for a tuner to measure with
     ``run(call, config)``."""
-    default = kernel_for(call, _device(call.x.device)[1])[0]
+    _, shared, multiprocessors = _device(call.x.device)
+    default = kernel_for(call, shared, multiprocessors)[0]
     rows = {row["name"]: row for row in extension.module().bottleneck_kernels()}
     keys = ("element", "mid", "cin", "stride", "project")
 
     def problem(name: str) -> tuple[object, ...]:
         return tuple(rows[name][key] for key in keys)
 
-    fits = [name for name, row in rows.items() if row["shared"] <= _device(call.x.device)[1]]
-    return tuple(name for name in fits if default and problem(name) == problem(default))
+    others = [name for name, row in rows.items() if row["shared"] <= shared and name != default]
+    return (default, *(name for name in others if problem(name) == problem(default))) if default else ()
 
 
 def run(call: BlockCall, config: str = "") -> Tensor:
@@ -61,12 +62,12 @@ def run(call: BlockCall, config: str = "") -> Tensor:
     return torch.ops.resnet_fused_cuda.bottleneck(call.x, *flat, call.identity, config)  # type: ignore[no-any-return]
 
 
-def kernel_for(call: BlockCall, shared: int) -> tuple[str, str | None]:
-    """The kernel for this block where a thread block may have ``shared`` bytes of shared memory, and None; or "" and
-    the reason why there is none."""
+def kernel_for(call: BlockCall, shared: int, multiprocessors: int) -> tuple[str, str | None]:
+    """The kernel for this block on a device of so many multiprocessors whose thread blocks may have ``shared`` bytes of
+    shared memory, and None; or "" and the reason why there is none."""
     shortcut = None if call.shortcut is None else _sizes(call.shortcut)
     convs = tuple(map(_sizes, call.convs))
-    return _choice(tuple(call.x.shape), convs, shortcut, call.x.dtype == torch.bfloat16, shared)
+    return _choice(tuple(call.x.shape), convs, shortcut, call.x.dtype == torch.bfloat16, shared, multiprocessors)
 
 
 def _sizes(conv: ConvBN) -> _ConvSizes:
@@ -75,17 +76,18 @@ def _sizes(conv: ConvBN) -> _ConvSizes:
 
 @functools.lru_cache(maxsize=4096)
 def _choice(
-    x: tuple[int, ...], convs: tuple[_ConvSizes, ...], shortcut: _ConvSizes | None, bf16: bool, shared: int
+    x: tuple[int, ...], convs: tuple[_ConvSizes, ...], shortcut: _ConvSizes | None, bf16: bool, *device: int
 ) -> tuple[str, str | None]:
     """What csrc/bottleneck/plan.h says about these sizes."""
-    return extension.module().bottleneck_choice(x, convs, shortcut, bf16, shared)  # type: ignore[no-any-return]
+    return extension.module().bottleneck_choice(x, convs, shortcut, bf16, *device)  # type: ignore[no-any-return]
 
 
 @functools.cache
-def _device(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability, and the bytes of shared memory that a thread block may have."""
+def _device(device: torch.device) -> tuple[tuple[int, int], int, int]:
+    """Compute capability, the bytes of shared memory that a thread block may have, multiprocessors."""
     properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return (properties.major, properties.minor), shared, properties.multi_processor_count
 
 
 _NO_CONV = (None, None, None, None, None, None, 1e-5, (1, 1), (0, 0), (1, 1), 1)

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from resnet_fused import backends
 from resnet_fused.ops.block import BlockCall
-from resnet_fused.ops.bottleneck import triton_kernel
+from resnet_fused.ops.bottleneck import triton_config, triton_kernel
 from resnet_fused.ops.convbn import ConvBN, short_dtype
 
 _MIDS = (64, 128)
-_BK = 64
 _INTERPRETED_PROGRAMS = 2
 
 
@@ -41,7 +40,7 @@ def supports(call: BlockCall) -> str | None:
     if not plain or (shortcut is not None and not _is(shortcut, 1, stride)):
         return "its whole-block kernel is for 1x1, 3x3 and 1x1 convolutions without groups or dilation"
     channels = (conv1.weight.shape[0], conv3.weight.shape[0]) == (mid, 4 * mid)
-    if mid not in _MIDS or not channels or x.shape[1] % _BK or (shortcut is None and stride != (1, 1)):
+    if mid not in _MIDS or not channels or x.shape[1] % 64 or (shortcut is None and stride != (1, 1)):
         return "its whole-block kernel has not these channels, stride and shortcut"
     return None
 
@@ -54,9 +53,10 @@ def run(call: BlockCall) -> Tensor:
     n, h, w, cin = x.shape
     mid, stride = call.convs[1].weight.shape[0], call.convs[1].stride[0]
     p, q = call.convs[1].output_size(h, w)
-    tile = (8, 16) if stride == 1 else (8, 8)
-    halo = ((tile[0] - 1) * stride + 3, (tile[1] - 1) * stride + 3)
-    tiles_h, tiles_w = math.ceil(p / tile[0]), math.ceil(q / tile[1])
+    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+    config = triton_config.config(mid, stride, 10 * major + minor)
+    constants = triton_config.constants(cin, mid, stride, call.shortcut is not None, config)
+    tiles_h, tiles_w = math.ceil(p / config.tile[0]), math.ceil(q / config.tile[1])
     tiles = n * tiles_h * tiles_w
     out = x.new_empty((n, p, q, 4 * mid))
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
@@ -64,14 +64,13 @@ def run(call: BlockCall) -> Tensor:
         if x.is_cuda:
             programs = torch.cuda.get_device_properties(x.device).multi_processor_count
         programs = min(programs, tiles)
-        scratch = x.new_empty((programs, halo[0] * halo[1], mid))
+        scratch = x.new_empty((programs, constants["HALO_H"] * constants["HALO_W"], mid))
         convs = (*call.convs, call.shortcut)
         weights = [None if c is None else c.weight.permute(0, 2, 3, 1).contiguous() for c in convs]
         triton_kernel.bottleneck[programs,](
             x, *weights, out, scratch, *[value for conv in convs for value in _vectors(conv)],
             tiles, tiles_h, tiles_w, h, w, p, q, *x.stride()[:3],
-            CIN=cin, MID=mid, STRIDE=stride, PROJECT=call.shortcut is not None, TILE_H=tile[0], TILE_W=tile[1],
-            HALO_H=halo[0], HALO_W=halo[1], BK=_BK, BN=64, num_warps=8, num_stages=3,
+            **constants, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return out.permute(0, 3, 1, 2)
 

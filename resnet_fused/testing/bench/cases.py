@@ -1,9 +1,9 @@
-"""What is timed: every op on every ResNet shape, every distinct block of ResNet-18 and -50, whole models."""
+"""What is timed in inference: every op on every ResNet shape, every distinct residual block, whole models."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,21 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fused
+from resnet_fused import roofline
 from resnet_fused.ops.convbn import short_dtype
+from resnet_fused.testing import models
+from resnet_fused.testing.compare import ComparisonError
+from resnet_fused.testing.eager import eager_copy, original
 from resnet_fused.testing.statistics import calibrate
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-SUITES = ("kernels", "blocks", "models")
 MODELS = ("resnet18", "resnet34", "resnet50", "resnet101")
 KERNEL_MODELS = ("resnet18", "resnet50")
+
+Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Case:
     """One problem: an eager module, what it is fed, and how it is fused.
 
-    ``build()`` gives the module in float32 on the CPU; ``shapes`` are its inputs'; ``fused(module, backend)`` makes
-    ours of a module of the case's dtype. ``level`` is the level of fusion whose roofline the figure is held against.
+    ``build()`` gives the module in float32 on the CPU; ``shapes`` are its inputs'; ``fused(module, **options)`` makes
+    ours of a module of the case's dtype, with the options of ``fuse``. ``level`` is the level of fusion whose roofline
+    the figure is held against.
     """
 
     suite: str
@@ -36,8 +41,10 @@ class Case:
     dtype: torch.dtype
     shapes: tuple[tuple[int, ...], ...]
     build: Callable[[], nn.Module]
-    fused: Callable[[nn.Module, str], Callable[..., Tensor]]
+    fused: Callable[..., Callable[..., Any]]
     level: str
+
+    training = False
 
     @property
     def id(self) -> str:
@@ -46,7 +53,11 @@ class Case:
         return f"{self.name}-{short_dtype(self.dtype)}-N{n}-C{c}x{h}x{w}"
 
     def make(self, device: torch.device, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
-        """Module and inputs: random weights, batch norms that are not trivial, all from the seed."""
+        """Module and inputs: random weights, batch norms that are not trivial, all from the seed.
+
+        Raises:
+            ComparisonError: the module does not run on them.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = self.build().eval()
@@ -54,8 +65,22 @@ class Case:
             # Statistics of a few pixels would blow up on others: the smaller the image, the more of them.
             images = min(64, max(2, 2**14 // (self.shapes[0][2] * self.shapes[0][3])))
             first, *others = (torch.randn(images, *shape[1:]) for shape in self.shapes)
-            calibrate(_Bound(module, others), first, perturb=True, seed=seed)
+            try:
+                calibrate(_Bound(module, others), first, perturb=True, seed=seed)
+            except Exception as error:  # whatever a user's model raises is told in one line
+                text = f"{self.model} does not run on an input {self.shapes[0]}: {type(error).__name__}: {error}"
+                raise ComparisonError(text) from error
         return module.to(device, self.dtype), tuple(x.to(device, self.dtype) for x in inputs)
+
+    def call(self, run: Callable[..., Any], inputs: tuple[Tensor, ...], module: nn.Module | None = None) -> Call:
+        """What is timed of ``run``, which computes as a module does; ``module`` holds its parameters if it has any."""
+        return functools.partial(run, *inputs)
+
+    def cost(self, module: nn.Module, rates: roofline.Device) -> dict[str, Any]:
+        """FLOPs, bytes and the least time in milliseconds, as columns of a row."""
+        counts = roofline.count(module, *self.shapes)[self.level]
+        bound = counts.bound(rates, self.dtype).seconds
+        return {"flops": counts.flops, "bytes": counts.nbytes(self.dtype), "bound_ms": 1e3 * bound}
 
 
 class _Bound(nn.Module):
@@ -123,55 +148,56 @@ def _fuse_kernel(module: nn.Module, backend: str) -> Callable[..., Tensor]:
     return module.fused(backend)
 
 
-def _fuse_module(module: nn.Module, backend: str) -> nn.Module:
-    return resnet_fused.fuse(module, backend=backend, strict=True)
+def _fuse_module(module: nn.Module, **options: Any) -> nn.Module:
+    return resnet_fused.fuse(module, strict=True, **options)
 
 
-def torchvision_model(name: str) -> nn.Module:
-    """torchvision's builder, random weights."""
-    return getattr(import_torchvision().models, name)().eval()  # type: ignore[no-any-return]
+def fuse_network(module: nn.Module, **options: Any) -> nn.Module:
+    """Ours of a :func:`network`.
 
-
-def cases(
-    suite: str,
-    *,
-    batches: Iterable[int] = (1, 8, 32),
-    dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16),
-    models: Sequence[str] | None = None,
-    size: int = 224,
-) -> list[Case]:
-    """All cases of a suite.
-
-    Args:
-        suite: one of SUITES.
-        batches, dtypes: the cases come in each combination.
-        models: torchvision's builders; for kernels and blocks ResNet-18 and -50 unless given.
-        size: height and width of the images.
+    Raises:
+        ValueError: nothing in it fuses.
     """
-    if suite not in SUITES:
-        raise ValueError(f"suite: got {suite!r}, need one of {SUITES}")
-    names = tuple(models or (MODELS if suite == "models" else KERNEL_MODELS))
-    make = {"kernels": _kernels, "blocks": _blocks, "models": _models}[suite]
-    return [
-        Case(suite, model, name, batch, dtype, tuple((batch, *shape) for shape in shapes), build, fused, level)
-        for dtype in dtypes
-        for batch in batches
-        for model, name, shapes, build, fused, level in make(names, size)
-    ]
+    fused = resnet_fused.fuse(original(module), **options)
+    if not resnet_fused.is_fused(fused):
+        raise ValueError("nothing in this model fuses; resnet_fused.explain says why")
+    return fused
 
 
-_Parts = tuple[str, str, tuple[tuple[int, ...], ...], Callable[[], nn.Module], Any, str]
+def network(spec: str) -> nn.Module:
+    """The eager model that ``spec`` names, in a form of :func:`resnet_fused.testing.models.load`, random weights.
+
+    A bare name is torchvision's where that is installed and has it; our builder of that name is the same network.
+    """
+    if ":" not in spec:
+        try:
+            return models.load(f"torchvision:{spec}")
+        except models.ModelError:
+            pass
+    return eager_copy(models.load(spec))
 
 
-def _models(names: tuple[str, ...], size: int) -> Iterator[_Parts]:
+Parts = tuple[str, str, tuple[tuple[int, ...], ...], Callable[[], nn.Module], Any, str]
+
+
+def model_cases(names: tuple[str, ...], size: int | None) -> Iterator[Parts]:
+    """Whole models."""
     for name in names:
-        yield name, name, ((3, size, size),), functools.partial(torchvision_model, name), _fuse_module, "block"
+        yield name, name, (image(name, size),), functools.partial(network, name), fuse_network, "block"
 
 
-def _blocks(names: tuple[str, ...], size: int) -> Iterator[_Parts]:
+def image(name: str, size: int | None) -> tuple[int, int, int]:
+    """Channels, height and width of what the model is fed: ``size``, or its own where that is None."""
+    with torch.device("meta"):
+        channels, own = models.input_shape(name, network(name))
+    return channels, size or own, size or own
+
+
+def block_cases(names: tuple[str, ...], size: int | None) -> Iterator[Parts]:
+    """Every distinct residual block."""
     for name in names:
         seen = set()
-        for path, block, shape, _ in _runs(name, size):
+        for path, block, shape, _ in runs(name, size):
             convs = tuple(_geometry(m) for m in block.modules() if isinstance(m, nn.Conv2d))
             if type(block).__name__ in ("BasicBlock", "Bottleneck") and (convs, shape) not in seen:
                 seen.add((convs, shape))
@@ -181,21 +207,20 @@ def _blocks(names: tuple[str, ...], size: int) -> Iterator[_Parts]:
 
 def _part_of(name: str, path: str) -> nn.Module:
     with torch.device("meta"):
-        part = torchvision_model(name).get_submodule(path)
+        part = network(name).get_submodule(path)
     part.to_empty(device="cpu")
     for module in part.modules():
-        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
-            module.reset_parameters()
+        getattr(module, "reset_parameters", lambda: None)()
     return part
 
 
-def _kernels(names: tuple[str, ...], size: int) -> Iterator[_Parts]:
+def kernel_cases(names: tuple[str, ...], size: int | None) -> Iterator[Parts]:
     """conv_bn_act on each distinct convolution, add_relu on each distinct block output."""
     seen: set[Any] = set()
     for model in names:
-        for path, module, shape, out in _runs(model, size):
+        for path, module, shape, out in runs(model, size):
             if isinstance(module, nn.Conv2d):
-                residual = path.endswith(".conv3") or (path.endswith(".conv2") and model in ("resnet18", "resnet34"))
+                residual = is_last(path, model, size)
                 act = "none" if "downsample" in path else "relu"
                 key = (_geometry(module), shape, residual, act)
                 if key not in seen:
@@ -206,8 +231,16 @@ def _kernels(names: tuple[str, ...], size: int) -> Iterator[_Parts]:
                     yield model, name, (shape, out) if residual else (shape,), build, _fuse_kernel, "conv"
             elif type(module).__name__ in ("BasicBlock", "Bottleneck") and ("add", out) not in seen:
                 seen.add(("add", out))
-
                 yield model, "add_relu", (out, out), AddReLU, _fuse_kernel, "block"
+
+
+def is_last(path: str, model: str, size: int | None) -> bool:
+    """Whether the convolution or norm at ``path`` is the last of its block's main path: the sum follows."""
+    *_, name = path.split(".")
+    if "." not in path or name[:-1] not in ("conv", "bn") or name[-1] == "1":
+        return False
+    later = f"{path[:-1]}{int(name[-1]) + 1}"
+    return all(other != later for other, *_ in runs(model, size))
 
 
 def _kernel_module(geometry: tuple[Any, ...], residual: bool, act: str) -> nn.Module:
@@ -223,14 +256,18 @@ def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
 
 
 @functools.cache
-def _runs(model: str, size: int) -> list[tuple[str, nn.Module, tuple[int, ...], tuple[int, ...]]]:
+def runs(model: str, size: int | None) -> list[tuple[str, nn.Module, tuple[int, ...], tuple[int, ...]]]:
     """Name, module, input and output shape (without the batch) of everything that runs, in order of finishing."""
+    shape = image(model, size)
     with torch.device("meta"):
-        network = torchvision_model(model)
+        whole = network(model)
     found: list[tuple[str, nn.Module, tuple[int, ...], tuple[int, ...]]] = []
-    for path, module in network.named_modules():
-        module.register_forward_hook(
-            lambda m, x, y, path=path: found.append((path, m, tuple(x[0].shape[1:]), tuple(y.shape[1:])))
-        )
-    network(torch.empty(1, 3, size, size, device="meta"))
+
+    def note(module: nn.Module, x: Any, y: Any, path: str) -> None:
+        if x and isinstance(x[0], Tensor) and isinstance(y, Tensor):
+            found.append((path, module, tuple(x[0].shape[1:]), tuple(y.shape[1:])))
+
+    for path, module in whole.named_modules():
+        module.register_forward_hook(functools.partial(note, path=path))
+    whole(torch.empty(1, *shape, device="meta"))
     return found

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+import resnet_fused
+from resnet_fused.testing.bench.contenders import PEERS
+from resnet_fused.tuning import lookup
 from resnet_fused.tuning.environment import cpu_name
 
 _ROOT = Path(__file__).resolve().parents[3]
@@ -35,7 +38,9 @@ def describe(device: torch.device) -> dict[str, str]:
         "onednn": onednn.group(1) if onednn else "",
         "threads": str(torch.get_num_threads()),
         "tf32": str(torch.backends.cudnn.allow_tf32) if cuda else "",
-        "commit": commit(_ROOT),
+        "commit": commit(_ROOT) or f"v{resnet_fused.__version__}",
+        "peers": " ".join(f"{name} {version}" for name in PEERS if (version := _version(name))),
+        "tuning": lookup.summary(device),
     }
 
 

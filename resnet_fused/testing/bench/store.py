@@ -11,9 +11,10 @@ from pathlib import Path
 
 from resnet_fused import files
 
+ADDED = ("peers", "tuning")  # columns that files of before do not have: the last ones
 ENVIRONMENT = (
     *("device", "cpu", "driver", "clocks", "cuda", "cudnn", "python", "torch", "triton", "onednn", "threads", "tf32"),
-    "commit",
+    *("commit", *ADDED),
 )
 IDENTITY = ("suite", "case", "contender", "cache")
 NUMBERS = (
@@ -24,9 +25,11 @@ COLUMNS = (
     *IDENTITY,
     *("status", "note", "model", "dtype", "shape"),
     *NUMBERS,
-    *ENVIRONMENT,
+    *(key for key in ENVIRONMENT if key not in ADDED),
     "date",
+    *ADDED,
 )
+OLDER = COLUMNS[: -len(ADDED)]
 STATUSES = ("ok", "red", "absent")
 
 Row = dict[str, str]
@@ -48,22 +51,22 @@ def read(path: Path) -> tuple[list[Row], list[str]]:
     problems: list[str] = []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
-        header = next(reader, [])
-        if tuple(header) != COLUMNS:
+        header = tuple(next(reader, []))
+        if header not in (COLUMNS, OLDER):
             raise ValueError(f"{path}:1: the header is not this version's; need {','.join(COLUMNS)}")
         for fields in reader:
-            problem = _problem(fields)
+            problem = _problem(fields, header)
             if problem is None:
-                rows.append(dict(zip(COLUMNS, fields, strict=True)))
+                rows.append(dict.fromkeys(ADDED, "") | dict(zip(header, fields, strict=True)))
             else:
                 problems.append(f"{path}:{reader.line_num}: {problem}")
     return rows, problems
 
 
-def _problem(fields: Sequence[str]) -> str | None:
-    if len(fields) != len(COLUMNS):
-        return f"{len(fields)} fields, need {len(COLUMNS)}"
-    row = dict(zip(COLUMNS, fields, strict=True))
+def _problem(fields: Sequence[str], header: Sequence[str]) -> str | None:
+    if len(fields) != len(header):
+        return f"{len(fields)} fields, need {len(header)}"
+    row = dict(zip(header, fields, strict=True))
     if row["status"] not in STATUSES:
         return f"status: got {row['status']!r}, need one of {', '.join(STATUSES)}"
     for key in NUMBERS:
@@ -80,7 +83,7 @@ def _problem(fields: Sequence[str]) -> str | None:
 
 def append(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Add rows. The file is replaced as a whole: an interruption leaves either the old one or the new one."""
-    old = path.read_bytes() if path.exists() else b""
+    old = _widened(path.read_bytes()) if path.exists() else b""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     if not old:
@@ -89,6 +92,15 @@ def append(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
         text.write("\n")
     writer.writerows([_text(row[key]) for key in COLUMNS] for row in rows)
     files.replace(path, old + text.getvalue().encode())
+
+
+def _widened(old: bytes) -> bytes:
+    """A file of before with the columns that it lacks, empty."""
+    head, *lines = old.splitlines()
+    if head.decode() != ",".join(OLDER):
+        return old
+    empty = b"," * len(ADDED)
+    return b"\n".join([",".join(COLUMNS).encode(), *(line + empty for line in lines), b""])
 
 
 def _text(value: object) -> str:

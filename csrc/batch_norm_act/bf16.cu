@@ -1,0 +1,9 @@
+#include "batch_norm_act/cuda.h"
+#include "batch_norm_act/launch.cuh"
+#include "common/launch.cuh"
+
+namespace rf::norm {
+
+void launch_bf16(const Plan& plan, Operation operation, void* stream) { run<bf16>(plan, operation, Launcher{stream}); }
+
+}  // namespace rf::norm
