@@ -106,16 +106,14 @@ class Convolution:
 
     def __init__(self, conv: ConvBN, method: Method, isa: str = "") -> None:
         self._fields = [weakref.ref(field) if isinstance(field, Tensor) else field for field in conv]
-        self._channels, self._isa, self.method = conv.weight.shape[0], isa, method
+        self._isa = isa
         self.packed: list[Tensor] = packed.packed(_CACHES[method], conv, _PREPARE[method])
         self.geometry = [int(method), *conv.weight.shape[2:], *conv.stride, *conv.padding, *conv.dilation]
 
     def __call__(self, x: Tensor, residual: Tensor | None, act: str, out: Tensor | None = None) -> Tensor:
         """The result, in ``out`` where it is given. ``residual`` is not written to."""
         if out is None:
-            conv = ConvBN._make(field() if isinstance(field, weakref.ref) else field for field in self._fields)
-            size = output_shape(conv, x.shape)
-            out = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+            out = torch.empty(output_shape(self._conv(), x.shape), dtype=x.dtype, memory_format=torch.channels_last)
         op = torch.ops.resnet_fused_cpu.conv_bn_act.default
         if not op(x, self.packed, self.geometry, residual, act == "relu", out, self._isa):
             self.exact()(x, residual, act, out)
@@ -123,8 +121,10 @@ class Convolution:
 
     def exact(self) -> Convolution:
         """The same by the sum as written: Winograd's transforms spread an infinite value, or NaN, over a tile."""
-        conv = ConvBN._make(field() if isinstance(field, weakref.ref) else field for field in self._fields)
-        return Convolution(conv, Method.DIRECT, self._isa)
+        return Convolution(self._conv(), Method.DIRECT, self._isa)
+
+    def _conv(self) -> ConvBN:
+        return ConvBN._make(field() if isinstance(field, weakref.ref) else field for field in self._fields)
 
 
 def _prepare_winograd(conv: ConvBN) -> list[Tensor]:

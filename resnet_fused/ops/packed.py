@@ -1,6 +1,7 @@
 """Weights in the form that a backend wants (folded, reordered), kept by the rules of TensorCache.
 
-Only backends that cannot read batch norm in their epilogue need them: oneDNN and cuDNN.
+oneDNN and cuDNN need them, since they cannot read batch norm in their epilogue, and so do the kernels for the CPU, whose
+filters lie in an order of their own.
 """
 
 from __future__ import annotations
