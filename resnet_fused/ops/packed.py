@@ -1,7 +1,7 @@
 """Weights in the form that a backend wants (folded, reordered), kept by the rules of TensorCache.
 
-oneDNN and cuDNN need them, since they cannot read batch norm in their epilogue, and so do the kernels for the CPU, whose
-filters lie in an order of their own.
+oneDNN and cuDNN need them, since they cannot read batch norm in their epilogue, and so do the kernels for the CPU,
+whose filters lie in an order of their own.
 """
 
 from __future__ import annotations
