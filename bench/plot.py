@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import report
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,12 +25,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from resnet_fused.testing.bench import contenders, store, summary
+from resnet_fused.testing.bench.measure import GRAPH
 from resnet_fused.testing.bench.store import Row
 
-OURS = ("#e69f00", "#d55e00", "#cc79a7", "#56b4e9", "#8c510a")
+OURS = ("#e69f00", "#d55e00", "#cc79a7", "#56b4e9", "#8c510a", "#7b68ee")
 PEERS = ("#009e73", "#66a61e", "#01665e", "#a6761d", "#5ab4ac")
-MARKERS = "osD^vP*X<>hp"
-LINE, GAP = 0.19, 1.5  # inches: of a row of a dot plot, and around them
+MARKERS = "osD^vP*X<>h"  # eleven: with two, five or seven colours no pair comes twice for long
+WIDTH, LINE, GAP = 11.0, 0.19, 1.5  # inches: of a picture, of a row of a dot plot or legend, and around the rows
 
 
 @dataclass(frozen=True)
@@ -66,23 +68,41 @@ class Picture:
         return data.getvalue()
 
 
+@dataclass(frozen=True)
+class Style:
+    """How a contender is drawn; ``hollow`` where it runs as a CUDA graph."""
+
+    colour: str
+    marker: str
+    hollow: bool
+    ours: bool
+
+    def scatter(self, axes, points: Sequence[tuple[float, float]], name: str, size: float) -> None:
+        """``points`` as markers of this style, named in the legend."""
+        face, edge = ("none", 1.3) if self.hollow else (self.colour, 0)
+        axes.scatter(*zip(*points, strict=True), s=size, marker=self.marker, label=name, facecolors=face,
+                     edgecolors=self.colour, linewidths=edge, zorder=3)  # fmt: skip
+
+
 class Styles:
-    """One colour and marker per contender, the same in every picture of a report."""
+    """One colour and marker per contender, the same in all pictures of a report; its graph's are hollow."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
-        groups = [[n for n in names if kind(n) == k] for k in ("eager", "ours", "peer")]
-        self._place = {name: (i, names.index(name)) for group in groups for i, name in enumerate(group)}
+        bases = list(dict.fromkeys(name.removesuffix(GRAPH) for name in names))
+        groups = [[name for name in bases if kind(name) == k] for k in ("eager", "peer", "ours")]
+        self._place = {name: (i, i + 2 * g) for g, group in enumerate(groups) for i, name in enumerate(group)}
 
-    def of(self, name: str, theme: Theme) -> tuple[str, str]:
+    def of(self, name: str, theme: Theme) -> Style:
         colours = {"eager": theme.eager, "ours": (theme.first, *OURS), "peer": PEERS}[kind(name)]
-        i, at = self._place[name]
-        return colours[i % len(colours)], MARKERS[at % len(MARKERS)]
+        i, at = self._place[name.removesuffix(GRAPH)]
+        marker = MARKERS[at % len(MARKERS)]
+        return Style(colours[i % len(colours)], marker, name.endswith(GRAPH), kind(name) == "ours")
 
 
 def kind(contender: str) -> str:
     """ "eager", "ours" or "peer"."""
-    if contender.removesuffix(" + graph") in contenders.EAGER:
+    if contender.removesuffix(GRAPH) in contenders.EAGER:
         return "eager"
     return "ours" if contenders.is_ours(contender) else "peer"
 
@@ -130,17 +150,16 @@ def _dots(values: dict[str, dict[str, float]], title: str, unit: str, styles: St
 
     def draw(figure: Figure, theme: Theme) -> None:
         names = [name for name in styles.names if any(name in value for value in values.values())]
-        figure.set_size_inches(11, GAP + LINE * (len(values) + 1.2 * math.ceil(len(names) / 4)))
+        figure.set_size_inches(WIDTH, GAP + LINE * (len(values) + _lines(names)))
         axes = figure.add_subplot()
         _plain(axes, theme)
         for y, value in enumerate(values.values()):
             axes.axhline(y, color=theme.faint, linewidth=0.6, zorder=0)
             axes.plot([min(value.values()), max(value.values())], [y, y], color=theme.faint, linewidth=2, zorder=1)
         for name in names:
-            colour, marker = styles.of(name, theme)
+            style = styles.of(name, theme)
             points = [(value[name], y) for y, value in enumerate(values.values()) if name in value]
-            big = 46 if kind(name) == "ours" else 26
-            axes.scatter(*zip(*points, strict=True), s=big, c=colour, marker=marker, label=name, zorder=3, linewidths=0)
+            style.scatter(axes, points, name, 46 if style.ours else 26)
         axes.set_xscale("log")
         _numbers(axes.xaxis, axes.get_xlim(), unit)
         if mark is not None:
@@ -148,7 +167,7 @@ def _dots(values: dict[str, dict[str, float]], title: str, unit: str, styles: St
         axes.set_yticks(range(len(values)), list(values), fontsize=7.5)
         axes.set_ylim(len(values) - 0.4, -0.6)
         axes.set_title(title, fontsize=11, loc="left", color=theme.ink)
-        _legend(figure, axes, theme)
+        _legend(figure, theme)
 
     return draw
 
@@ -157,78 +176,84 @@ def _roofline(rows: list[Row], title: str, styles: Styles):
     """FLOP/s reached over FLOPs per byte, under the device's two limits as they were measured with the figures."""
 
     def draw(figure: Figure, theme: Theme) -> None:
-        figure.set_size_inches(11, 6.2)
+        names = [name for name in styles.names if any(row["contender"] == name for row in rows)]
+        figure.set_size_inches(WIDTH, 6.0 + LINE * _lines(names))
         axes = figure.add_subplot()
         _plain(axes, theme)
-        names = [name for name in styles.names if any(row["contender"] == name for row in rows)]
+        limits = [(float(r["copy_bytes_per_s"] or 0), float(r["matmul_flops_per_s"] or 0)) for r in rows]
+        bandwidth, rate = max(limit[0] for limit in limits), max(limit[1] for limit in limits)
+        scale, unit = (1e12, "TFLOP/s") if rate >= 1e13 else (1e9, "GFLOP/s")
         reached: list[tuple[float, float]] = []
         for name in names:
             points = [
-                (float(r["flops"]) / float(r["bytes"]), float(r["flops"]) / float(r["p50_ms"]) / 1e6)
+                (float(r["flops"]) / float(r["bytes"]), 1e3 * float(r["flops"]) / float(r["p50_ms"]) / scale)
                 for r in rows
                 if r["contender"] == name and float(r["bytes"] or 0) > 0
             ]
             if points:
                 reached += points
-                colour, marker = styles.of(name, theme)
-                axes.scatter(*zip(*points, strict=True), s=26, c=colour, marker=marker, label=name, alpha=0.85,
-                             linewidths=0, zorder=3)  # fmt: skip
-        limits = [(float(r["copy_bytes_per_s"] or 0), float(r["matmul_flops_per_s"] or 0)) for r in rows]
-        bandwidth, rate = max(limit[0] for limit in limits), max(limit[1] for limit in limits)
+                styles.of(name, theme).scatter(axes, points, name, 26)
         if bandwidth and rate and reached:
-            ridge = rate / bandwidth
+            ridge, top = rate / bandwidth, rate / scale
             low, high = min(ridge, *(x for x, _ in reached)) / 1.5, max(ridge, *(x for x, _ in reached)) * 1.5
-            axes.plot([low, ridge, high], [low * bandwidth / 1e9, rate / 1e9, rate / 1e9], color=theme.ink,
-                      linewidth=1.4, zorder=2)  # fmt: skip
-            axes.annotate(f"matrix product {rate / 1e9:.4g} GFLOP/s", (ridge, rate / 1e9), (4, 5), fontsize=8,
-                          textcoords="offset points", ha="left", color=theme.ink)  # fmt: skip
-            axes.annotate(f"copy {bandwidth / 1e9:.4g} GB/s", (low, low * bandwidth / 1e9), (14, 0), fontsize=8,
-                          textcoords="offset points", va="top", ha="left", color=theme.ink)  # fmt: skip
+            start = low * bandwidth / scale
+            axes.plot([low, ridge, high], [start, top, top], color=theme.ink, linewidth=1.4, zorder=2)
+            copied = f"{bandwidth / 1e12:.3g} TB/s" if bandwidth >= 1e12 else f"{bandwidth / 1e9:.3g} GB/s"
+            above = {"fontsize": 8, "textcoords": "offset points", "color": theme.ink, "zorder": 4,
+                     "bbox": {"facecolor": theme.paper, "edgecolor": "none", "alpha": 0.8, "pad": 1}}  # fmt: skip
+            axes.annotate(f"matrix product {top:.4g} {unit}", (ridge, top), (4, 6), ha="left", **above)
+            axes.annotate(f"copy {copied}", (low, start), (14, 0), va="top", ha="left", **above)
         axes.set_xscale("log")
         axes.set_yscale("log")
         _numbers(axes.xaxis, axes.get_xlim(), "")
         _numbers(axes.yaxis, axes.get_ylim(), "")
         axes.grid(color=theme.faint, linewidth=0.6)
         axes.set_xlabel("FLOPs per byte that must be moved", color=theme.ink)
-        axes.set_ylabel("GFLOP/s", color=theme.ink)
+        axes.set_ylabel(unit, color=theme.ink)
         axes.set_title(title, fontsize=11, loc="left", color=theme.ink)
-        _legend(figure, axes, theme)
+        _legend(figure, theme)
 
     return draw
 
 
 def _batches(rows: list[Row], title: str, styles: Styles):
-    """One panel per model, one line per contender; the band is from the 20th to the 80th percentile."""
+    """One panel per model and image, one line per contender; the band is from the 20th to the 80th percentile."""
 
     def draw(figure: Figure, theme: Theme) -> None:
-        models = list(dict.fromkeys(row["model"] for row in rows))
-        across = min(2, len(models))
-        down = math.ceil(len(models) / across)
-        figure.set_size_inches(11, 1 + 3.4 * down)
+        panels: dict[tuple[str, str], list[Row]] = {}
+        for row in rows:
+            panels.setdefault((row["model"], row["shape"].partition("x")[2]), []).append(row)
+        models = [model for model, _ in panels]
+        names = [name for name in styles.names if any(row["contender"] == name for row in rows)]
+        across = min(2, len(panels))
+        down = math.ceil(len(panels) / across)
+        figure.set_size_inches(WIDTH, 0.8 + 3.4 * down + LINE * _lines(names))
         figure.suptitle(title, fontsize=11, x=0.01, ha="left", color=theme.ink)
-        for i, model in enumerate(models, 1):
+        for i, ((model, image), mine) in enumerate(panels.items(), 1):
             axes = figure.add_subplot(down, across, i)
             _plain(axes, theme)
-            mine = [row for row in rows if row["model"] == model]
-            for name in (name for name in styles.names if any(row["contender"] == name for row in mine)):
+            for name in names:
                 line = sorted((row for row in mine if row["contender"] == name), key=lambda row: int(row["batch"]))
+                if not line:
+                    continue
                 sizes = [int(row["batch"]) for row in line]
                 rates = [[1e3 * int(r["batch"]) / float(r[p] or r["p50_ms"]) for r in line]
                          for p in ("p50_ms", "p80_ms", "p20_ms")]  # fmt: skip
-                colour, marker = styles.of(name, theme)
-                axes.plot(sizes, rates[0], color=colour, marker=marker, markersize=5, label=name,
-                          linewidth=2 if kind(name) == "ours" else 1.2)  # fmt: skip
-                axes.fill_between(sizes, rates[1], rates[2], color=colour, alpha=0.15, linewidth=0)
+                style = styles.of(name, theme)
+                axes.plot(sizes, rates[0], color=style.colour, marker=style.marker, markersize=5, label=name,
+                          linewidth=2 if style.ours else 1.2, linestyle="--" if style.hollow else "-",
+                          markerfacecolor=theme.paper if style.hollow else style.colour)  # fmt: skip
+                axes.fill_between(sizes, rates[1], rates[2], color=style.colour, alpha=0.15, linewidth=0)
             sizes = sorted({int(row["batch"]) for row in mine})
             axes.set_xscale("log", base=2)
             axes.set_xticks(sizes, [str(size) for size in sizes])
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_ylim(0)
             axes.grid(color=theme.faint, linewidth=0.6)
-            axes.set_title(model, fontsize=10, color=theme.ink)
+            axes.set_title(model if models.count(model) == 1 else f"{model}, {image}", fontsize=10, color=theme.ink)
             axes.set_xlabel("batch", color=theme.ink)
             axes.set_ylabel("images/s", color=theme.ink)
-        _legend(figure, figure.axes[0], theme)
+        _legend(figure, theme)
 
     return draw
 
@@ -243,19 +268,34 @@ def _plain(axes, theme: Theme) -> None:
 def _numbers(axis, limits: tuple[float, float], unit: str) -> None:
     """Ticks at 1, 2 and 5 times powers of ten, closer where the axis is short, as plain numbers."""
     low, high = limits
-    steps: tuple[float, ...] = (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
-    for least, fewer in ((3, (1, 1.5, 2, 3, 5, 7)), (15, (1, 2, 5)), (1000, (1,))):
+    steps: tuple[float, ...] = (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9)
+    for least, fewer in ((3, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)), (15, (1, 2, 5)), (1000, (1,))):
         steps = fewer if high / low > least else steps
     places = [s * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for s in steps]
     axis.set_ticks([place for place in places if low <= place <= high])
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}{unit}"))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: (f"{x:.4g}" if x < 1000 else f"{x:,.0f}") + unit))
 
 
-def _legend(figure: Figure, axes, theme: Theme) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False,
-                  labelcolor=theme.ink)  # fmt: skip
+def _columns(names: Sequence[str]) -> int:
+    """As many in a legend as its width takes, in lines of like length."""
+    most = max(1, int(WIDTH / (0.45 + 0.06 * max(map(len, names), default=0))))
+    return math.ceil(len(names) / math.ceil(len(names) / most)) if names else 1
+
+
+def _lines(names: Sequence[str]) -> float:
+    """The height of a legend, in lines of a dot plot."""
+    return 1.2 * math.ceil(len(names) / _columns(names))
+
+
+def _legend(figure: Figure, theme: Theme) -> None:
+    """One for all panels, below them, in the order of the first panel that has a name."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    figure.legend([*found.values()], [*found], loc="outside lower center", ncols=_columns([*found]), fontsize=8,
+                  frameon=False, labelcolor=theme.ink)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

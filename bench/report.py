@@ -51,7 +51,8 @@ addEventListener("DOMContentLoaded", () => {
     const order = (a, b) => {
       const x = value(a), y = value(b);
       if (!number) return down ? y.localeCompare(x) : x.localeCompare(y);
-      if (x === "" || y === "") return (x === "") - (y === "");  // what has no figure stays last
+      const without = text => text === "" || isNaN(text);
+      if (without(x) || without(y)) return without(x) - without(y);  // what has no figure stays last
       return down ? y - x : x - y;
     };
     body.append(...[...body.rows].sort(order));
@@ -62,16 +63,19 @@ addEventListener("DOMContentLoaded", () => {
 
 def page(rows: Sequence[Row], pictures: Sequence[tuple[str, bytes, bytes]], problems: Sequence[str]) -> str:
     """The whole file. ``pictures`` are caption, light PNG, dark PNG; ``problems`` are the CSV's broken rows."""
-    last = rows[-1]
-    facts = {key: last[key] for key in (*store.ENVIRONMENT, "date") if last[key]}
+    device = rows[-1]["device"]
+    told = {key: list(dict.fromkeys(row[key] for row in rows if row[key])) for key in (*store.ENVIRONMENT, "date")}
+    dates = sorted(told["date"])
+    told["date"] = list(dict.fromkeys([*dates[:1], *dates[-1:]]))  # the first and the last
+    facts = {key: " – ".join(values) if key == "date" else ", ".join(values) for key, values in told.items() if values}
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{_text('resnet_fused on ' + last['device'])}</title>",
+        f"<title>{_text('resnet_fused on ' + device)}</title>",
         f"<style>{STYLE}</style><script>{SCRIPT}</script></head><body>",
         '<button id="theme" type="button">light / dark</button>',
-        f"<h1>resnet_fused on {_text(last['device'])}</h1>",
+        f"<h1>resnet_fused on {_text(device)}</h1>",
         "<dl>" + "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in facts.items()) + "</dl>",
         *(f'<p class="problem">{_text(problem)}</p>' for problem in problems),
         _means(rows),

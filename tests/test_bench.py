@@ -1,55 +1,22 @@
-"""The harness: gate before clock, rows, resuming, and the CUDA paths of the clock with the CPU standing in."""
+"""The harness: gate before clock, rows, resuming, who competes, training steps and whole models."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import importlib
 import importlib.util
 import os
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_tools import CPU, FACTS, QUICK, RATES, StandIn, _case, pool  # noqa: F401, a fixture
 from torch import nn
 
 from resnet_fused import roofline
-from resnet_fused.testing.bench import cases, contenders, environment, measure, store, suites, summary
-from resnet_fused.testing.bench.machine import CUDAMachine, Machine, measure_rates
-
-CPU = torch.device("cpu")
-RATES = roofline.Device("toy", {torch.float32: 1e9, torch.bfloat16: 1e9}, 1e9)
-QUICK = measure.Plan(repeats=3, min_seconds=1e-5)
-FACTS = dict.fromkeys(store.ENVIRONMENT, "x")
-
-
-class StandIn(Machine):
-    """A CPU that says it has a second cache state and graphs; what it is asked for is kept."""
-
-    caches = ("warm", "cold")
-    graphs = True
-
-    def __init__(self):
-        super().__init__(CPU)
-        self.captured = []
-
-    def graph(self, call):
-        self.captured.append(call)
-        return lambda: call()
-
-
-@pytest.fixture
-def case():
-    return next(c for c in suites.cases("kernels", batches=[2], dtypes=[torch.float32], size=32) if "add" in c.id)
-
-
-def pool(*names):
-    present, _ = contenders.table(CPU)
-    return {name: present[name] for name in names or ("eager NCHW", "eager channels_last", "fused")}
+from resnet_fused.testing.bench import cases, contenders, measure, store, suites, summary
+from resnet_fused.testing.bench.machine import Machine, measure_rates
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)
@@ -296,185 +263,9 @@ def test_running_out_of_memory_is_a_row(case):
     }
 
 
-# The clock of a CUDA device, with the CPU standing in for it
-
-
-class Event:
-    def __init__(self, enable_timing=False):
-        assert enable_timing
-
-    def record(self):
-        self.at = time.perf_counter()
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, other):
-        return 1e3 * (other.at - self.at)
-
-
-class Graph:
-    def __init__(self):
-        self.replays = 0
-
-    def replay(self):
-        self.replays += 1
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch):
-    class Properties:
-        L2_cache_size = 1 << 10
-
-    class Stream:
-        def __init__(self, device=None):
-            pass
-
-        def wait_stream(self, other):
-            pass
-
-    quiet = {
-        "Event": Event, "CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream,
-        "synchronize": lambda device=None: None, "get_device_properties": lambda device: Properties,
-        "stream": contextlib.nullcontext, "graph": contextlib.nullcontext,
-        "reset_peak_memory_stats": lambda device: None, "memory_allocated": lambda device: 100,
-        "max_memory_allocated": lambda device: 350,
-    }  # fmt: skip
-    for name, value in quiet.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    return CUDAMachine(CPU)
-
-
-def test_cold_samples_overwrite_the_cache_and_time_the_call_alone(fake_cuda):
-    order = []
-    scratch = fake_cuda._scratch
-    assert scratch.numel() >= 1 << 26
-
-    class Spy:
-        def zero_(self):
-            order.append("flush")
-            time.sleep(0.02)
-
-    fake_cuda._scratch = Spy()
-    seconds = fake_cuda.sample("cold")(lambda: order.append("call"), 3)
-    assert order == ["flush", "call"] * 3
-    assert 0 <= seconds < 0.02
-    order.clear()
-    fake_cuda.sample("warm")(lambda: order.append("call"), 3)
-    assert order == ["call"] * 3
-    with pytest.raises(ValueError, match="cache"):
-        fake_cuda.sample("tepid")
-
-
-def test_graphs_are_warmed_up_captured_once_and_replayed(fake_cuda):
-    calls = []
-    replay = fake_cuda.graph(lambda: calls.append(0) or len(calls))
-    assert len(calls) == 4, "three to warm up, one captured"
-    assert replay() == replay() == 4
-    assert len(calls) == 4
-    assert fake_cuda.peak_bytes(lambda: None) == 250
-
-
-def test_the_whole_cuda_path_gives_rows(fake_cuda, case):
-    rows = measure.measure_case(case, pool("eager NCHW", "fused"), fake_cuda, RATES, QUICK)
-    assert {(r["contender"], r["cache"], r["status"]) for r in rows} == {
-        (name, cache, "ok")
-        for name in ("eager NCHW", "fused", "eager NCHW + graph", "fused + graph")
-        for cache in ("warm", "cold")
-    }
-
-
-# Figures
-
-
 def test_rates_are_of_this_machine():
     rates = measure_rates(Machine(CPU), "here", (torch.float32,), size=128)
     assert rates.bytes_per_s > 1e6 and rates.rate(torch.float32) > 1e6
-
-
-def test_the_environment_is_told_whole():
-    facts = environment.describe(CPU)
-    assert tuple(facts) == store.ENVIRONMENT
-    assert all(facts[key] for key in ("device", "cpu", "python", "torch", "threads"))
-
-
-def test_a_file_of_before_is_read_and_widened(tmp_path):
-    path = tmp_path / "x.csv"
-    old = dict.fromkeys(store.OLDER, "") | {"suite": "kernels", "status": "ok", "p50_ms": "1.0", "date": "then"}
-    path.write_text(",".join(store.OLDER) + "\n" + ",".join(old.values()) + "\nbroken\n")
-    rows, problems = store.read(path)
-    assert [row["tuning"] for row in rows] == [""] and rows[0]["date"] == "then" and len(problems) == 1
-    store.append(path, [dict.fromkeys(store.COLUMNS, "") | {"status": "ok", "p50_ms": 2.0, "tuning": "4 entries"}])
-    rows, problems = store.read(path)
-    assert [(row["date"], row["tuning"]) for row in rows] == [("then", ""), ("", "4 entries")]
-    assert [problem.split(":")[1] for problem in problems] == ["3"]
-
-
-def test_the_environment_of_a_cuda_device(monkeypatch):
-    """As nvidia-smi and PyTorch tell it where there is one."""
-    given = [
-        "nvidia-smi",
-        "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit",
-        "--format=csv,noheader",
-    ]
-    asked = []
-
-    def answer(*command):
-        asked.append(command)
-        return "580.1, 1980 MHz, 2619 MHz, 700.00 W" if command[0] == "nvidia-smi" else ""
-
-    monkeypatch.setattr(environment, "_run", answer)
-    monkeypatch.setattr(environment.lookup, "summary", lambda device: "3 entries")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    facts = environment.describe(torch.device("cuda", 1))
-    assert [*given, "-i", "1"] == list(asked[0])
-    wanted = {"device": "A GPU", "driver": "580.1", "clocks": "1980 MHz / 2619 MHz / 700.00 W", "cuda": "13.0"}
-    assert {key: facts[key] for key in wanted} == wanted
-    assert facts["commit"].startswith("v") and facts["tf32"] in ("True", "False") and facts["tuning"] == "3 entries"
-    assert store.path_for(Path("x"), facts).name == f"A-GPU-{torch.__version__}-13.0.csv"
-
-
-def test_broken_rows_are_told_with_their_line(tmp_path):
-    path = tmp_path / "x.csv"
-    good = dict.fromkeys(store.COLUMNS, "") | {"suite": "kernels", "status": "ok", "p50_ms": 1.0}
-    store.append(path, [good, good | {"status": "fast"}, good | {"p50_ms": "soon"}, good | {"p50_ms": 0}, good])
-    with path.open("a") as file:
-        file.write("a,b\n")
-    rows, problems = store.read(path)
-    assert len(rows) == 2
-    assert [p.split(":")[1] for p in problems] == ["3", "4", "5", "7"]
-    (tmp_path / "y.csv").write_text("a,b\n")
-    with pytest.raises(ValueError, match=r"y.csv:1: the header"):
-        store.read(tmp_path / "y.csv")
-
-
-def test_speedups_are_over_the_faster_eager_layout():
-    base = {"suite": "s", "case": "c", "dtype": "float32", "cache": "warm", "status": "ok"}
-    rows = [
-        base | {"contender": n, "p50_ms": t} for n, t in (("eager NCHW", 4), ("eager channels_last", 2), ("fused", 1))
-    ]
-    assert summary.speedups(rows) == {
-        ("s", "c", "float32", "warm"): {"eager NCHW": 0.5, "eager channels_last": 1, "fused": 2}
-    }
-    assert summary.geometric_mean([1, 4]) == 2
-
-
-def test_the_csv_is_plain(case, tmp_path):
-    list(
-        measure.run(
-            [case],
-            pool("fused"),
-            Machine(CPU),
-            RATES,
-            FACTS | {"device": 'a "b", c\nd'},
-            tmp_path / "x.csv",
-            plan=QUICK,
-        )
-    )
-    with (tmp_path / "x.csv").open(newline="") as file:
-        (row,) = list(csv.DictReader(file))
-    assert row["device"] == 'a "b", c d'
 
 
 def test_modules_are_what_they_say():

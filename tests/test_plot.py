@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from resnet_fused.testing.bench import store
+from resnet_fused import backends
+from resnet_fused.ops.residual_block import RECOMPUTE
+from resnet_fused.testing.bench import contenders, store
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 BENCH = str(Path(__file__).parents[1] / "bench")
@@ -140,13 +142,82 @@ def test_the_report_has_the_figures(plot, tmp_path):
 
 def test_a_users_backend_is_drawn_beside_ours(plot):
     rows = [dict(zip(store.COLUMNS, map(str, r.values()), strict=True)) for r in figures()]
-    styles = plot.Styles(list(CONTENDERS))
-    assert len({styles.of(name, plot.LIGHT) for name in CONTENDERS}) == len(CONTENDERS)
     assert plot.kind("fused[mine]") == "ours" and plot.kind("openvino") == "peer"
     drawn = plot.pictures(rows)[0]
     figure = plot.Figure(layout="constrained")
     drawn.draw(figure, plot.LIGHT)
     assert "fused[mine]" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize("theme", ["LIGHT", "DARK"])
+def test_no_two_contenders_look_alike(plot, theme):
+    """All that there are on any device, with backends of users, each also as a graph."""
+    names = [*contenders.EAGER, "folded channels_last", *contenders.COMPILED, *contenders.PEERS, "fused", "fused NCHW"]
+    names += [f"fused recompute={way}" for way in RECOMPUTE]
+    names += [f"fused[{name}]" for name in (*backends.NAMES, "mine", "yours", "theirs")]
+    both = [name + tail for name in names for tail in ("", plot.GRAPH)]
+    styles, theme = plot.Styles(both), getattr(plot, theme)
+    assert len({styles.of(name, theme) for name in both}) == len(both)
+    for name in names:
+        plain, graph = styles.of(name, theme), styles.of(name + plot.GRAPH, theme)
+        assert (plain.colour, plain.marker) == (graph.colour, graph.marker) and graph.hollow and not plain.hollow
+
+
+def drawn(plot: Any, rows: list[dict[str, Any]], name: str) -> Any:
+    texts = [dict(zip(store.COLUMNS, map(str, r.values()), strict=True)) for r in rows]
+    picture = next(p for p in plot.pictures(texts) if p.name.startswith(name))
+    figure = plot.Figure(layout="constrained")
+    picture.draw(figure, plot.LIGHT)
+    return figure
+
+
+def test_the_legend_names_whoever_is_in_any_panel(plot):
+    rows = [row("models", "a", "eager NCHW", batch, "float32", 2.0) for batch in (1, 8)]
+    rows += [row("models", "b", "fused", 1, "float32", 1.0), row("models", "b", "fused + graph", 1, "float32", 1.0)]
+    rows += [row("models", "b", "fused", 1, "float32", 1.0, shape="1x3x32x32")]
+    figure = drawn(plot, rows, "batch")
+    names = ["eager NCHW", "fused", "fused + graph"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+    assert [axes.get_title() for axes in figure.axes] == ["a", "b, 64x56x56", "b, 3x32x32"]
+
+
+def test_a_legend_is_no_wider_than_the_picture(plot):
+    figure = drawn(plot, figures(), "speedup")
+    for names in (list(CONTENDERS), [*contenders.COMPILED, *(n + plot.GRAPH for n in contenders.COMPILED)], ["a"]):
+        figure.legends.clear()
+        for axes in figure.axes:
+            axes.clear()
+            for name in names:
+                axes.scatter([1], [1], label=name)
+        plot._legend(figure, plot.LIGHT)
+        plot.FigureCanvasAgg(figure).draw()
+        box = figure.legends[0].get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width, names
+
+
+@pytest.mark.parametrize("rate, copy, unit, said", [
+    (4e11, 2e10, "GFLOP/s", {"matrix product 400 GFLOP/s", "copy 20 GB/s"}),
+    (7.9e14, 4.3e12, "TFLOP/s", {"matrix product 790 TFLOP/s", "copy 4.3 TB/s"}),
+])  # fmt: skip
+def test_rates_are_in_units_that_can_be_read(plot, rate, copy, unit, said):
+    rows = [row("kernels", "a", "fused", n, "float32", 1e11 / rate, matmul_flops_per_s=rate, copy_bytes_per_s=copy)
+            for n in (1, 8, 4000)]  # fmt: skip
+    figure = drawn(plot, rows, "roofline")
+    plot.FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    assert axes.get_ylabel() == unit and {text.get_text() for text in axes.texts} == said
+    labels = [tick.get_text() for tick in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+    assert len(labels) > 4 and not any("e" in label for label in labels)
+
+
+def test_the_report_names_every_commit(plot, tmp_path):
+    rows = [
+        row("blocks", "a", name, 1, "float32", 1.0, commit=commit, date=date)
+        for name, commit, date in (("eager NCHW", "c1", "2020"), ("fused", "c2", "2019"), ("fused NCHW", "c1", "2021"))
+    ]
+    assert plot.main([str(write(tmp_path / "e.csv", rows)), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "e" / "report.html").read_text(encoding="utf-8")
+    assert "<dt>commit</dt><dd>c1, c2</dd>" in text and "<dt>date</dt><dd>2019 – 2021</dd>" in text
 
 
 def test_a_broken_row_is_reported_with_its_line(plot, tmp_path, capsys):

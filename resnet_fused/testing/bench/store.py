@@ -49,21 +49,25 @@ def read(path: Path) -> tuple[list[Row], list[str]]:
     """
     rows: list[Row] = []
     problems: list[str] = []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        header = tuple(next(reader, []))
-        if header not in (COLUMNS, OLDER):
-            raise ValueError(f"{path}:1: the header is not this version's; need {','.join(COLUMNS)}")
-        for fields in reader:
+    head, *lines = path.read_bytes().splitlines() or [b""]
+    header = tuple(head.decode(errors="replace").split(","))
+    if header not in (COLUMNS, OLDER):
+        raise ValueError(f"{path}:1: the header is not this version's; need {','.join(COLUMNS)}")
+    for number, line in enumerate(lines, 2):
+        try:
+            fields = next(csv.reader([line.decode()], strict=True), [])
             problem = _problem(fields, header)
-            if problem is None:
-                rows.append(dict.fromkeys(ADDED, "") | dict(zip(header, fields, strict=True)))
-            else:
-                problems.append(f"{path}:{reader.line_num}: {problem}")
+        except (csv.Error, UnicodeDecodeError) as error:
+            problem = str(error)
+        if problem is None:
+            rows.append(dict.fromkeys(ADDED, "") | dict(zip(header, fields, strict=True)))
+        else:
+            problems.append(f"{path}:{number}: {problem}")
     return rows, problems
 
 
 def _problem(fields: Sequence[str], header: Sequence[str]) -> str | None:
+    """Why these fields are no row, or None. A row is one line: what is broken in one leaves the next alone."""
     if len(fields) != len(header):
         return f"{len(fields)} fields, need {len(header)}"
     row = dict(zip(header, fields, strict=True))
@@ -74,10 +78,15 @@ def _problem(fields: Sequence[str], header: Sequence[str]) -> str | None:
             value = float(row[key] or 0)
         except ValueError:
             return f"{key}: got {row[key]!r}, need a number"
-        if not math.isfinite(value) and key != "gate":
-            return f"{key}: got {row[key]!r}, need a finite number"
-    if row["status"] == "ok" and not float(row["p50_ms"] or 0) > 0:
-        return f"p50_ms: got {row['p50_ms']!r}, need a time above 0"
+        if key != "gate" and not 0 <= value < math.inf:
+            return f"{key}: got {row[key]!r}, need a finite number, not below 0"
+    if row["status"] != "ok":
+        return None
+    for key in ("p50_ms", *(key for key in ("p20_ms", "p80_ms") if row[key])):
+        if not float(row[key] or 0) > 0:
+            return f"{key}: got {row[key]!r}, need a time above 0"
+    if not re.fullmatch(r"0*[1-9]\d*", row["batch"]):
+        return f"batch: got {row['batch']!r}, need a whole number above 0"
     return None
 
 
