@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +35,7 @@ class Configurable(Registered):
 
 
 REGISTERED: dict[tuple[str, str], Registered] = {}
+LOADED: dict[str, str] = {}  # modules that load() imported, and digests of their files
 _names: list[str] = []
 
 
@@ -107,21 +110,29 @@ def unregister_backend(name: str) -> None:
 def load(spec: str) -> None:
     """Import a module that registers backends: ``package.module``, or the path of a file that ends in ``.py``.
 
+    A module is looked for in the working directory too; a file may import its neighbours.
+
     Raises:
         FileNotFoundError: there is no such file.
         Exception: whatever the module raises.
     """
-    if not spec.endswith(".py"):
-        importlib.import_module(spec)
-        return
-    path = Path(spec).resolve()
-    if not path.is_file():
+    path = Path(spec).resolve() if spec.endswith(".py") else None
+    if path is not None and not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    found = importlib.util.spec_from_file_location(path.stem, path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules.setdefault(path.stem, module)  # where Triton, say, looks for a kernel's globals
-    found.loader.exec_module(module)
+    folder = os.getcwd() if path is None else str(path.parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    if path is None:
+        origin = importlib.import_module(spec).__file__
+        path, name = Path(origin) if origin else None, spec
+    else:
+        name = path.stem
+        found = importlib.util.spec_from_file_location(name, path)
+        assert found is not None and found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        sys.modules.setdefault(name, module)  # where Triton, say, looks for a kernel's globals
+        found.loader.exec_module(module)
+    LOADED[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:8] if path else ""
 
 
 def _choose_anew() -> None:

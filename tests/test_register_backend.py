@@ -32,9 +32,13 @@ BENCH = Path(__file__).parents[1] / "bench"
 def unregistered() -> Iterator[None]:
     from resnet_fused import registry
 
+    path, loaded = list(sys.path), dict(registry.LOADED)
     yield
     for name in list(registry.names()):
         rf.unregister_backend(name)
+    sys.path[:] = path
+    registry.LOADED.clear()
+    registry.LOADED.update(loaded)
 
 
 def conv_bn_act(x: Tensor, backend: str, groups: int = 1) -> Tensor:
@@ -133,6 +137,10 @@ def right(call):
 def wrong(call):
     return reference.run(call) * 1.01
 
+@rf.register_backend("raises")
+def raises(call):
+    raise RuntimeError("no launch:\\n  out of registers")
+
 @rf.register_backend("picky", supports=lambda call: "not today")
 def picky(call):
     return reference.run(call)
@@ -157,28 +165,21 @@ def plugin(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_the_harness_gates_times_and_draws_it(plugin, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(BENCH))
-    plot = importlib.import_module("plot")
+@pytest.fixture
+def bench(plugin, tmp_path, monkeypatch) -> list[str]:
+    """A command that times one convolution, on a steady machine."""
     rates = Device("steady", {torch.float32: 1e12}, 1e11)
     monkeypatch.setattr(program, "measure_rates", lambda *args: rates)
     monkeypatch.setattr(program, "machine_for", Steady)
-    names = ["eager NCHW", "fused", "fused[right]", "fused[wrong]", "fused[picky]"]
-    command = [
-        "bench",
-        "--suite",
-        "kernels",
-        "--model",
-        "resnet18",
-        "--load",
-        plugin,
-        "--device",
-        "cpu",
-        "--size",
-        "32",
-    ]
-    command += ["--batch", "1", "--case", "K64k3s1-res", "--results", str(tmp_path), "--contender", *names]
-    assert main(command) == 1  # one of those asked for is wrong
+    command = ["bench", "--suite", "kernels", "--model", "resnet18", "--load", plugin, "--device", "cpu"]
+    return [*command, "--size", "32", "--batch", "1", "--case", "K64k3s1-res", "--results", str(tmp_path)]
+
+
+def test_the_harness_gates_times_and_draws_it(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCH))
+    plot = importlib.import_module("plot")
+    names = ["eager NCHW", "fused", "fused[right]", "fused[wrong]", "fused[raises]", "fused[picky]"]
+    assert main([*bench, "--contender", *names]) == 1  # one of those asked for is wrong
     out = capsys.readouterr().out
     assert "RED, not timed" in out and "fused[wrong]" in out
     (path,) = tmp_path.glob("*.csv")
@@ -186,15 +187,45 @@ def test_the_harness_gates_times_and_draws_it(plugin, tmp_path, monkeypatch, cap
     assert not problems
     by_name = {row["contender"]: row for row in rows}
     assert {name: row["status"] for name, row in by_name.items()} == {
-        "eager NCHW": "ok", "fused": "ok", "fused[right]": "ok", "fused[wrong]": "red", "fused[picky]": "absent",
+        "eager NCHW": "ok", "fused": "ok", "fused[right]": "ok", "fused[wrong]": "red", "fused[raises]": "red",
+        "fused[picky]": "absent",
     }  # fmt: skip
     assert by_name["fused[right]"]["p50_ms"] == "2" and by_name["fused[wrong]"]["p50_ms"] == ""
+    assert "fused[raises]: raised RuntimeError: no launch: out of registers\n" in out
+    assert by_name["fused[raises]"]["p50_ms"] == "" and "kernels_of_a_user " in by_name["fused"]["peers"]
     assert by_name["fused[right]"]["peak_bytes"] == "5000000"
     assert "not today" in by_name["fused[picky]"]["note"]
     assert plot.main([str(path), "--out", str(tmp_path / "out")]) == 0
     assert "fused[right]" in next((tmp_path / "out").glob("*/report.html")).read_text()
     for name in ("plot", "report"):
         sys.modules.pop(name, None)
+
+
+def test_a_kernel_that_was_edited_is_measured_again(bench, plugin, capsys):
+    def added() -> int:
+        assert main([*bench, "--json", "--contender", "fused", "fused[right]"]) == 0
+        return int(json.loads(capsys.readouterr().out)["added"])
+
+    assert (added(), added()) == (2, 0)
+    Path(plugin).write_text(PLUGIN + "# edited")
+    assert (added(), added()) == (2, 0)
+
+
+def test_a_users_file_imports_its_neighbours_and_modules_come_from_the_working_directory(tmp_path, monkeypatch):
+    from resnet_fused import registry
+
+    (tmp_path / "helpers_of_a_user.py").write_text("from resnet_fused.ops.conv_bn_act.reference import run\n")
+    text = "import resnet_fused as rf\nimport helpers_of_a_user\n"
+    text += "rf.register_backend('{}')(helpers_of_a_user.run)\n"
+    (tmp_path / "one_of_a_user.py").write_text(text.format("one"))
+    registry.load(str(tmp_path / "one_of_a_user.py"))
+    assert str(tmp_path) == sys.path[-1], "behind everything else: what lies there hides nothing"
+    sys.path.remove(str(tmp_path))
+    (tmp_path / "two_of_a_user.py").write_text(text.format("two"))
+    monkeypatch.chdir(tmp_path)
+    registry.load("two_of_a_user")
+    assert {"one", "two"} <= set(registry.names())
+    assert {"one_of_a_user", "two_of_a_user"} <= set(registry.LOADED) and all(registry.LOADED.values())
 
 
 def test_pytest_benchmark_runs_it(plugin, tmp_path):

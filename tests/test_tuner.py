@@ -124,6 +124,21 @@ def test_fuse_tunes_in_place_and_only_once(register, monkeypatch):
     assert served  # the stem
 
 
+def test_a_users_backend_that_comes_later_is_measured_too(register, monkeypatch):
+    model, x = network()
+    fused = rf.fuse(model)
+    timed = clock(monkeypatch, "later")
+    tuner.tune(fused, x)
+    register("later")
+    register("blind", supports=lambda call: "nothing")
+    results = tuner.tune(fused, x)
+    assert {r.measured for r in results if r.key.startswith("conv_bn_act")} == {True}
+    assert {r.choice for r in results if r.measured} == {"later"}
+    assert not any(r.measured for r in results if r.key.startswith("basic_block"))
+    timed.clear()
+    assert not any(r.measured for r in tuner.tune(fused, x)) and not timed
+
+
 def test_what_cannot_be_tuned_says_why():
     model, x = network()
     with pytest.raises(ValueError, match=r"call \.eval\(\)"):

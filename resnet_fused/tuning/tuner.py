@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import backends
+from resnet_fused import backends, registry
 from resnet_fused.modules.warmup import warmup
 from resnet_fused.ops import block
 from resnet_fused.ops.block import BlockCall, run_chain
@@ -82,7 +82,7 @@ def tune(
     Args:
         model: a fused model in eval mode.
         inputs: what it is called with: shapes, dtype, memory format and device are what is tuned for.
-        fresh: measure again what the table has already.
+        fresh: measure again what the table has already; else only where a registered backend has come since.
         repeats, max_seconds: samples of each candidate, and how long one call may take them.
         sample: takes one sample, in place of the device's clock, see testing.timing.
         progress: called with the number done, the number of all, and each result.
@@ -101,7 +101,7 @@ def tune(
     results = []
     try:
         for done, (key, (op, call)) in enumerate(calls.items(), 1):
-            if key in known:
+            if key in known and not _has_new(op, call, known[key]):
                 result = Tuned(key, known[key], measured=False)
             else:
                 result = tune_call(op, call, repeats=repeats, max_seconds=max_seconds, sample=sample)
@@ -235,6 +235,12 @@ def pick(timings: Mapping[str, Timing]) -> str:
     first = next(iter(timings.values()))
     challengers = [name for name, timing in timings.items() if beats(timing, first)]
     return min(challengers, key=lambda name: timings[name].p50, default=next(iter(timings)))
+
+
+def _has_new(op: str, call: Any, entry: Entry) -> bool:
+    """Whether a backend of a user's can serve the call that was not there, or not within the budget, before."""
+    measured = {name.split(" ")[0] for name in entry.milliseconds}
+    return any(name not in measured and backends.refusal(op, name, call) is None for name in registry.names())
 
 
 def runner(op: str, call: Any, entry: Entry) -> Call:

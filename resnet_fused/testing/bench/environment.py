@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import resnet_fused
+from resnet_fused import registry
 from resnet_fused.testing.bench.contenders import PEERS
 from resnet_fused.tuning import lookup
 from resnet_fused.tuning.environment import cpu_name
@@ -39,7 +40,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "tf32": str(torch.backends.cudnn.allow_tf32) if cuda else "",
         "commit": commit(_ROOT) or f"v{resnet_fused.__version__}",
-        "peers": " ".join(f"{name} {version}" for name in PEERS if (version := _version(name))),
+        "peers": " ".join(f"{name} {version}" for name, version in _peers().items() if version),
         "tuning": lookup.summary(device),
     }
 
@@ -58,6 +59,11 @@ def commit(root: Path) -> str:
     for name in untracked.splitlines():
         digest.update(name.encode() + (root / name).read_bytes())
     return f"{head}+{digest.hexdigest()[:8]}"
+
+
+def _peers() -> dict[str, str]:
+    """Versions of who else is timed, and digests of the files with a user's backends."""
+    return {name: _version(name) for name in PEERS} | registry.LOADED
 
 
 def _run(*command: str) -> str:

@@ -205,7 +205,7 @@ def enter(
         except torch.OutOfMemoryError:
             return Entrant("absent", note="out of memory")
         except Exception as raised:  # one contender's failure does not end the run; it is told in its row
-            text = f"raised {type(raised).__name__}: {str(raised)[:300]}"
+            text = f"raised {type(raised).__name__}: {' '.join(str(raised).split())[:300]}"
             return Entrant("red" if is_ours(name) else "absent", note=text)
 
     found: dict[str, Entrant] = {}

@@ -121,7 +121,7 @@ def _report(
         names = list(dict.fromkeys(row["contender"] for row in rows if row["status"] != "absent"))
         for cache in machine.caches:
             out.print(summary.table(rows, names, cache))
-        if len(names) <= summary.WIDE and any(row["peak_bytes"] for row in rows):
+        if summary.fits(names) and any(row["peak_bytes"] for row in rows):
             out.print(summary.memory(rows, names))
     for line in summary.left_out(chosen):
         out.print(line, style="dim", markup=False)

@@ -39,12 +39,17 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
-WIDE = 6  # contenders beside one another, on a terminal of common width
+WIDE = 7  # columns of figures beside one another, on a terminal of common width
 
 
 def table(rows: Rows, contenders: Sequence[str], cache: str) -> Table:
     """The figures in this state of the cache: a line per case where contenders are few, else one for each of them."""
-    return _wide(rows, contenders, cache) if len(contenders) <= WIDE else _long(rows, contenders, cache)
+    return _wide(rows, contenders, cache) if fits(contenders) else _long(rows, contenders, cache)
+
+
+def fits(contenders: Sequence[str]) -> bool:
+    """Whether there is room for a column for each, and one more for each of ours."""
+    return len(contenders) + sum(map(is_ours, contenders)) <= WIDE
 
 
 def _long(rows: Rows, contenders: Sequence[str], cache: str) -> Table:
