@@ -228,27 +228,38 @@ def test_a_users_file_imports_its_neighbours_and_modules_come_from_the_working_d
     assert {"one_of_a_user", "two_of_a_user"} <= set(registry.LOADED) and all(registry.LOADED.values())
 
 
-def test_pytest_benchmark_runs_it(plugin, tmp_path):
-    result = tmp_path / "result.json"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(BENCH),
-        "--benchmark-only",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
-    command += ["--suite", "kernels", "--model", "resnet18", "--size", "32", "--batch", "1", "--device", "cpu"]
-    command += ["--case", "K64k3s1-res", "--load", plugin, f"--benchmark-json={result}"]
-    command += ["--benchmark-min-rounds=1", "--benchmark-max-time=0.01", "--benchmark-warmup=off"]
-    command += ["--contender", "eager NCHW", "fused[right]", "fused[wrong]"]
+def test_pytest_benchmark_runs_keeps_compares_and_draws_it(plugin, tmp_path):
+    kept = f"--benchmark-storage={tmp_path / 'kept'}"
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no worker of ours
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=BENCH.parent, env=alone)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "2 passed" in done.stdout and "1 failed" in done.stdout and "outside the error budget" in done.stdout
-    timed = json.loads(result.read_text())["benchmarks"]
-    assert {entry["extra_info"]["contender"] for entry in timed} == {"eager NCHW", "fused[right]"}
-    assert len({entry["group"] for entry in timed}) == 1
+
+    def run(*command: str) -> tuple[int, str]:
+        command = (sys.executable, "-m", *command)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=BENCH.parent, env=alone)
+        return done.returncode, done.stdout + done.stderr
+
+    timed = ["pytest", str(BENCH), "--benchmark-only", "-p", "no:cacheprovider", "-p", "no:xdist", kept]
+    timed += ["--suite", "kernels", "--model", "resnet18", "--size", "32", "--batch", "1", "--device", "cpu"]
+    timed += ["--case", "K64k3s1-res", "--load", plugin]
+    timed += ["--benchmark-min-rounds=1", "--benchmark-max-time=0.01", "--benchmark-warmup=off"]
+    timed += ["--contender", "eager NCHW", "fused[right]"]
+    code, told = run(*timed, "fused[wrong]", "--benchmark-save=first")
+    assert code == 1, told
+    assert "2 passed" in told and "1 failed" in told and "outside the error budget" in told
+    (first,) = (tmp_path / "kept").glob("*/0001_first.json")
+    figures = json.loads(first.read_text())["benchmarks"]
+    assert {entry["extra_info"]["contender"] for entry in figures} == {"eager NCHW", "fused[right]"}
+    (group,) = {entry["group"] for entry in figures}
+
+    histogram = f"--benchmark-histogram={tmp_path / 'second'}"
+    code, told = run(*timed, "--benchmark-autosave", "--benchmark-compare", histogram)
+    assert code == 0, told
+    assert "(0001_first)" in told and "(NOW)" in told
+    assert len(list((tmp_path / "kept").glob("*/*.json"))) == 2
+
+    compare = ["pytest_benchmark", "--storage", str(tmp_path / "kept"), "compare", "0001", "0002"]
+    code, told = run(*compare, "--group-by=group", f"--histogram={tmp_path / 'both'}")
+    assert code == 0, told
+    assert told.count("fused[right]] (0001_first)") == 1 and told.count("fused[right]] (0002_") == 1
+    for name in ("second", "both"):
+        picture = (tmp_path / f"{name}-{group}.svg").read_text(encoding="utf-8")
+        assert picture.rstrip().endswith("</svg>") and "fused[right]" in picture and "<script xlink" not in picture
