@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -70,7 +71,7 @@ def interleaved(
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}, need at least 1")
     measure = sample or (cuda_seconds if device.type == "cuda" else cpu_seconds)
-    with torch.inference_mode():
+    with current(device), torch.inference_mode():
         loops = {}
         for name, call in candidates.items():
             for _ in range(warmup):
@@ -89,6 +90,11 @@ def interleaved(
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within it events, streams and graphs are this device's, where it is a CUDA device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def cpu_seconds(call: Callable[[], Any], loops: int) -> float:
     """Wall-clock seconds per call over ``loops`` calls."""
     start = time.perf_counter()
@@ -98,7 +104,7 @@ def cpu_seconds(call: Callable[[], Any], loops: int) -> float:
 
 
 def cuda_seconds(call: Callable[[], Any], loops: int) -> float:
-    """Seconds per call over ``loops`` calls between two events, on a stream with nothing queued."""
+    """Seconds per call over ``loops`` calls between two events, on the current device's stream with nothing queued."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 SHIPPED = Path(__file__).parent
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def describe(device: torch.device) -> dict[str, str]:
@@ -34,7 +35,7 @@ def _describe(kind: str, number: int) -> tuple[tuple[str, str], ...]:
             "device": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": str(properties.multi_processor_count),
-            "driver": _driver(),
+            "driver": driver_version(),
             "cuda": str(torch.version.cuda or torch.version.hip),
             "cudnn": str(torch.backends.cudnn.version()),
             "triton": _version("triton"),
@@ -80,10 +81,10 @@ def cpu_name() -> str:
     return (found.group(1).strip() if found else platform.processor()) or platform.machine()
 
 
-def _driver() -> str:
-    """The kernel driver's version, or the CUDA version that the driver serves where only that can be read."""
+def driver_version() -> str:
+    """The CUDA driver's version, or the CUDA version that it serves where only that can be read."""
     try:
-        found = re.search(r"Module\s+(?:for \S+\s+)?([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        found = re.search(r"Module\s+(?:for \S+\s+)?([\d.]+)", DRIVER.read_text(encoding="utf-8"))
     except OSError:
         found = None
     return found.group(1) if found else str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]

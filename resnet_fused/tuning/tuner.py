@@ -160,7 +160,7 @@ def _detached(call: Any) -> Any:
 
     def random(like: Tensor) -> Tensor:
         with torch.inference_mode(False):
-            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).normal_()
+            return like.new_empty_strided(like.shape, like.stride()).normal_()
 
     with torch.random.fork_rng([call[0].device.index or 0] if call[0].is_cuda else []):
         torch.manual_seed(0)

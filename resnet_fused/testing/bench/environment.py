@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ import resnet_fused
 from resnet_fused import registry
 from resnet_fused.testing.bench.contenders import PEERS
 from resnet_fused.tuning import lookup
-from resnet_fused.tuning.environment import cpu_name
+from resnet_fused.tuning.environment import cpu_name, driver_version
 
 _ROOT = Path(__file__).resolve().parents[3]
 
@@ -26,6 +27,7 @@ def describe(device: torch.device) -> dict[str, str]:
     onednn = re.search(r"v([\d.]+)", _config_line("DNN v"))
     driver, clocks = _nvidia_smi(device) if cuda else ("", "")
     cudnn = torch.backends.cudnn.version() if cuda else None
+    cudnn_flags: Any = torch.backends.cudnn  # the getter of allow_tf32 raises where a newer flag has been set
     return {
         "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
         "cpu": cpu_name(),
@@ -38,7 +40,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "triton": _version("triton"),
         "onednn": onednn.group(1) if onednn else "",
         "threads": str(torch.get_num_threads()),
-        "tf32": str(torch.backends.cudnn.allow_tf32) if cuda else "",
+        "tf32": str(cudnn_flags.conv.fp32_precision == "tf32") if cuda else "",
         "commit": commit(_ROOT) or f"v{resnet_fused.__version__}",
         "peers": " ".join(f"{name} {version}" for name, version in _peers().items() if version),
         "tuning": lookup.summary(device),
@@ -85,9 +87,10 @@ def _config_line(part: str) -> str:
 
 
 def _nvidia_smi(device: torch.device) -> tuple[str, str]:
-    """Driver version and the highest clocks, as the tool prints them."""
+    """Driver version and the highest clocks, as the tool prints them; without it the driver alone."""
     fields = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-    index = str(device.index if device.index is not None else torch.cuda.current_device())
-    line = _run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", index)
+    # By its identity: the tool counts all devices, PyTorch those that CUDA_VISIBLE_DEVICES leaves.
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    line = _run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", uuid)
     driver, _, rest = line.partition(",")
-    return driver, rest.strip().replace(", ", " / ")
+    return driver or driver_version(), rest.strip().replace(", ", " / ")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.roofline import Device
-from resnet_fused.testing.timing import Sample, cpu_seconds, cuda_seconds, interleaved
+from resnet_fused.testing.timing import Sample, cpu_seconds, cuda_seconds, current, interleaved
 
 Call = Callable[[], Any]
 
@@ -79,15 +79,16 @@ class CUDAMachine(Machine):
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def graph(self, call: Call) -> Call:
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
         captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            out = call()
+        with current(self.device), torch.inference_mode():  # what a gradient would need is no part of the graph
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    call()
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            with torch.cuda.graph(captured):
+                out = call()
 
         def replay() -> Any:
             captured.replay()
