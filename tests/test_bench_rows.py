@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-from pathlib import Path
 
 import pytest
-import torch
 from bench_tools import CPU, FACTS, QUICK, RATES, _case, pool  # noqa: F401, a fixture
 
 from resnet_fused.testing.bench import environment, measure, store, summary
@@ -37,31 +35,6 @@ def test_a_file_of_before_is_read_and_widened(tmp_path):
     rows, problems = store.read(path)
     assert [(row["date"], row["tuning"]) for row in rows] == [("then", ""), ("", "4 entries")]
     assert [problem.split(":")[1] for problem in problems] == ["3"]
-
-
-def test_the_environment_of_a_cuda_device(monkeypatch):
-    """As nvidia-smi and PyTorch tell it where there is one."""
-    given = [
-        "nvidia-smi",
-        "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit",
-        "--format=csv,noheader",
-    ]
-    asked = []
-
-    def answer(*command):
-        asked.append(command)
-        return "580.1, 1980 MHz, 2619 MHz, 700.00 W" if command[0] == "nvidia-smi" else ""
-
-    monkeypatch.setattr(environment, "_run", answer)
-    monkeypatch.setattr(environment.lookup, "summary", lambda device: "3 entries")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    facts = environment.describe(torch.device("cuda", 1))
-    assert [*given, "-i", "1"] == list(asked[0])
-    wanted = {"device": "A GPU", "driver": "580.1", "clocks": "1980 MHz / 2619 MHz / 700.00 W", "cuda": "13.0"}
-    assert {key: facts[key] for key in wanted} == wanted
-    assert facts["commit"].startswith("v") and facts["tf32"] in ("True", "False") and facts["tuning"] == "3 entries"
-    assert store.path_for(Path("x"), facts).name == f"A-GPU-{torch.__version__}-13.0.csv"
 
 
 BROKEN = {
@@ -123,6 +96,18 @@ def test_speedups_are_over_the_faster_eager_layout():
         ("s", "c", "float32", "warm"): {"eager NCHW": 0.5, "eager channels_last": 1, "fused": 2}
     }
     assert summary.geometric_mean([1, 4]) == 2
+
+
+@pytest.mark.parametrize("peak", ["", 2**20])
+def test_the_error_of_what_is_red_stands_in_its_own_column(peak):
+    rows = [
+        GOOD | {"contender": f"fused[{i}]", "case": "c", "cache": "warm", "gate": 3.5, "peak_bytes": peak}
+        | ({"status": "red", "p50_ms": "", "peak_bytes": ""} if i == 1 else {"roofline_pct": 50})
+        for i in range(8)
+    ]  # fmt: skip
+    drawn = summary.table(rows, [row["contender"] for row in rows], "warm")
+    (errors,) = (column for column in drawn.columns if column.header == "error / budget")
+    assert [*errors.cells][:8] == ["3.50", "3.5", *["3.50"] * 6]
 
 
 def test_the_csv_is_plain(case, tmp_path):

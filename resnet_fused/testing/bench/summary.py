@@ -70,7 +70,7 @@ def _long(rows: Rows, contenders: Sequence[str], cache: str) -> Table:
             label = Text(name, style="bold" if is_ours(name) else "")
             if row["status"] == "red":
                 gate = f"{float(row['gate']):.3g}" if row["gate"] else ""
-                drawn.add_row("" if i else case, label, "", Text("RED", style="bold red"), *[""] * 3, gate)
+                drawn.add_row("" if i else case, label, "", Text("RED", style="bold red"), *[""] * 4, gate)
                 continue
             p20, p50, p80 = (float(row[f"{p}_ms"] or "nan") for p in ("p20", "p50", "p80"))
             ratio = ratios.get((row["suite"], case, row["dtype"], cache), {}).get(name)
