@@ -22,6 +22,10 @@ from resnet_fused.ops.convbn import ConvBN, output_shape
 
 _MEBIBYTE = 1 << 20
 _PANEL = 32  # output channels computed together
+# Below these Winograd's error in bfloat16 varies too much: it is one rounding of each transformed factor, and has to
+# average out over the channels; eager's, the measure of it, is known less well from few outputs.
+_ROUNDED_CHANNELS = 64
+_ROUNDED_OUTPUTS = 16384  # of an image
 _UNITS = 256  # of a sum taken at a time, of 32 bits each; see csrc/conv_bn_act/direct.h
 
 
@@ -68,15 +72,17 @@ def instructions(*, bf16: bool = False) -> str:
 
 
 def method_for(conv: ConvBN, dtype: torch.dtype, shape: tuple[int, ...]) -> Method:
-    """The faster method for an input of this shape."""
+    """The faster method for an input of this shape, of those that are exact enough."""
     geometry = (tuple(conv.weight.shape[2:]), conv.stride, conv.dilation)
     if geometry != ((3, 3), (1, 1), (1, 1)) or shape[1] % 16:
         return Method.DIRECT
-    n, _, height, width = output_shape(conv, shape)
+    n, channels, height, width = output_shape(conv, shape)
+    if dtype == torch.bfloat16 and (shape[1] < _ROUNDED_CHANNELS or channels * height * width < _ROUNDED_OUTPUTS):
+        return Method.DIRECT
     tiles = n * -(-height // 2) * -(-width // 2)
-    # The transformed filters are read once per block of tiles: few tiles pay for that only from a cache near by.
-    few = tiles < 8 or (tiles < 48 and 16 * conv.weight.numel() // 9 * dtype.itemsize > _MEBIBYTE)
-    return Method.DIRECT if few else Method.WINOGRAD
+    # The transformed filters are 16/9 as large: few tiles pay for that only where they come from a cache near by.
+    large = 16 * conv.weight.numel() // 9 * dtype.itemsize > _MEBIBYTE
+    return Method.DIRECT if large and tiles < 16 else Method.WINOGRAD
 
 
 class Convolution:
