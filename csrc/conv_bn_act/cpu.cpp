@@ -1,6 +1,7 @@
 #include "conv_bn_act/cpu.h"
 
 #include "conv_bn_act/direct.h"
+#include "conv_bn_act/instructions.h"
 #include "conv_bn_act/winograd.h"
 
 namespace rf::cpu {
@@ -40,12 +41,12 @@ Convolution read_one(const std::vector<Tensor>& packed, size_t at, const std::ve
 
 winograd::Problem winograd_problem(const Convolution& conv, const Tensor& x, const OptionalTensor& residual, bool relu,
                                    const Tensor& out) {
-  return {pointer<const float>(x),
-          pointer<const float>(conv.filters),
+  return {x.data_ptr(),
+          conv.filters.data_ptr(),
           pointer<const float>(conv.scale),
           pointer<const float>(conv.bias),
-          residual ? pointer<const float>(*residual) : nullptr,
-          pointer<float>(out),
+          residual ? residual->data_ptr() : nullptr,
+          out.data_ptr(),
           x.size(0), x.size(2), x.size(3), x.size(1), out.size(2), out.size(3), out.size(1),
           conv.padding[0], conv.padding[1],
           relu};
@@ -85,7 +86,7 @@ void check(const Convolution& conv, const Tensor& x, const OptionalTensor& resid
   check_vector(conv.bias, "bias", out_channels);
   int64_t elements = 0;
   if (conv.method == Method::kWinograd) {
-    STD_TORCH_CHECK(dtype == ScalarType::Float && channels % 16 == 0, "x: need float32 with channels in 16s");
+    STD_TORCH_CHECK(channels % 16 == 0, "x: need channels in 16s");
     const bool right = conv.kernel == Pair{3, 3} && conv.stride == Pair{1, 1} && conv.dilation == Pair{1, 1};
     STD_TORCH_CHECK(right, "geometry: need 3x3, stride and dilation 1");
     elements = 16 * channels * out_channels;
@@ -125,15 +126,13 @@ std::vector<int64_t> Convolution::output_sizes(const std::vector<int64_t>& x) co
 bool convolve(const Convolution& conv, const Tensor& x, const OptionalTensor& residual, bool relu, const Tensor& out,
               const std::string& isa) {
   check(conv, x, residual, out);
-  if (conv.method == Method::kWinograd) {
-    winograd::Run* const run = winograd::kernel(isa);
-    STD_TORCH_CHECK(run, "isa: this CPU lacks ", isa.empty() ? "AVX2" : isa);
-    return winograd::convolve(winograd_problem(conv, x, residual, relu, out), run);
-  }
   const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
-  direct::Run* const run = direct::kernel(bf16, isa);
-  STD_TORCH_CHECK(run, "isa: this CPU lacks ", !isa.empty() ? isa : bf16 ? "AVX512_BF16" : "AVX2");
-  direct::convolve(direct_problem(conv, x, residual, relu, out), bf16, run);
+  STD_TORCH_CHECK(instructions(bf16, isa) != Instructions::kNone,
+                  "isa: this CPU lacks ", !isa.empty() ? isa : bf16 ? "AVX512_BF16" : "AVX2");
+  if (conv.method == Method::kWinograd) {
+    return winograd::convolve(winograd_problem(conv, x, residual, relu, out), bf16, winograd::kernel(bf16, isa));
+  }
+  direct::convolve(direct_problem(conv, x, residual, relu, out), bf16, direct::kernel(bf16, isa));
   return true;
 }
 
@@ -175,9 +174,18 @@ Tensor winograd_filters(const Tensor& weight) {
   return filters;
 }
 
-std::string instructions(bool bf16) {
-  if (bf16) return direct::kernel(true, "") ? "avx512bf16" : "";
-  return direct::kernel(false, "avx512") ? "avx512" : direct::kernel(false, "avx2") ? "avx2" : "";
+std::string instructions_name(bool bf16) {
+  switch (instructions(bf16, "")) {
+    case Instructions::kAvx512Bf16:
+      return "avx512bf16";
+    case Instructions::kAvx512:
+      return "avx512";
+    case Instructions::kAvx2:
+      return "avx2";
+    case Instructions::kNone:
+      break;
+  }
+  return "";
 }
 
 void boxed_filters(StableIValue* stack, uint64_t, uint64_t) {
@@ -201,7 +209,7 @@ void boxed_conv(StableIValue* stack, uint64_t, uint64_t) {
 
 void boxed_instructions(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  stack[0] = torch::stable::detail::from(instructions(arguments.read<bool>()));
+  stack[0] = torch::stable::detail::from(instructions_name(arguments.read<bool>()));
 }
 
 }  // namespace

@@ -3,8 +3,11 @@
 #include <algorithm>
 
 #include "common/torch.h"
+#include "conv_bn_act/instructions.h"
 
 namespace rf::direct {
+
+using cpu::divide_up;
 
 namespace {
 
@@ -13,20 +16,20 @@ namespace {
 constexpr int64_t kPixels = 14;
 constexpr int64_t kLargeFilters = 512 << 10;  // bytes
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 Run* kernel(bool bf16, const std::string& isa) {
 #ifdef __x86_64__
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma");
-  if (bf16) {
-    const bool able = avx512 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
-    return (isa.empty() || isa == "avx512bf16") && able ? &avx512bf16::run : nullptr;
+  switch (cpu::instructions(bf16, isa)) {
+    case cpu::Instructions::kAvx512Bf16:
+      return &avx512bf16::run;
+    case cpu::Instructions::kAvx512:
+      return &avx512::run;
+    case cpu::Instructions::kAvx2:
+      return &avx2::run;
+    case cpu::Instructions::kNone:
+      break;
   }
-  if ((isa.empty() || isa == "avx512") && avx512) return &avx512::run;
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if ((isa.empty() || isa == "avx2") && avx2) return &avx2::run;
 #endif
   return nullptr;
 }

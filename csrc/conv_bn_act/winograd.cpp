@@ -4,28 +4,36 @@
 #include <atomic>
 
 #include "common/torch.h"
+#include "conv_bn_act/instructions.h"
 
 namespace rf::winograd {
+
+using cpu::divide_up;
 
 namespace {
 
 // Tiles that a thread takes at a time: with 256 channels their transforms fill half a megabyte.
 constexpr int64_t kTiles = 28;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
-Run* kernel(const std::string& isa) {
+Run* kernel(bool bf16, const std::string& isa) {
 #ifdef __x86_64__
-  const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if ((isa.empty() || isa == "avx512") && fma && __builtin_cpu_supports("avx512f")) return &avx512::run;
-  if ((isa.empty() || isa == "avx2") && fma) return &avx2::run;
+  switch (cpu::instructions(bf16, isa)) {
+    case cpu::Instructions::kAvx512Bf16:
+      return &avx512bf16::run;
+    case cpu::Instructions::kAvx512:
+      return &avx512::run;
+    case cpu::Instructions::kAvx2:
+      return &avx2::run;
+    case cpu::Instructions::kNone:
+      break;
+  }
 #endif
   return nullptr;
 }
 
-bool convolve(const Problem& problem, Run* run) {
+bool convolve(const Problem& problem, bool bf16, Run* run) {
   const int64_t tiles = problem.images * divide_up(problem.out_height, 2) * divide_up(problem.out_width, 2);
   const int64_t panels = problem.out_channels / kPanel, threads = torch::stable::get_num_threads();
   if (tiles == 0) return true;
@@ -37,7 +45,7 @@ bool convolve(const Problem& problem, Run* run) {
   const int64_t shares = std::min(panels, std::max<int64_t>(1, threads / blocks));
   const int64_t share = divide_up(panels, shares);
 
-  const int64_t room = divide_up(buffer_floats(block, problem.channels), 16) * 16;
+  const int64_t room = divide_up(buffer_floats(block, problem.channels / (bf16 ? 2 : 1)), 16) * 16;
   const Tensor buffers = torch::stable::empty({room * threads}, ScalarType::Float);
   std::atomic<bool> finite = true;
   torch::stable::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {

@@ -9,15 +9,15 @@ namespace rf::winograd {
 constexpr int kPanel = 32;                // output channels computed together
 constexpr float kNearInfinity = 0x1p30f;  // an output that overflows when multiplied with this counts as infinite
 
-// Dense channels_last tensors. filters is [K/32, 16, C, 32], scale and bias are [K]; C is a
-// multiple of 16, K of 32.
+// Dense channels_last tensors; filters is [K/32, 16, C/elements, 32, elements of 32 bits: one float or two bfloat16],
+// scale and bias are [K]; C is a multiple of 16, K of 32.
 struct Problem {
-  const float* x;
-  const float* filters;
+  const void* x;
+  const void* filters;
   const float* scale;
   const float* bias;
-  const float* residual;  // or null
-  float* out;
+  const void* residual;  // or null
+  void* out;
   int64_t images, height, width, channels;
   int64_t out_height, out_width, out_channels;
   int64_t pad_height, pad_width;
@@ -25,12 +25,16 @@ struct Problem {
 };
 
 // Computes these tiles of 2x2 outputs in these panels of output channels. False: some output is not finite, so that the
-// direct sum may differ (where that is infinite, the transforms give NaN). buffer holds buffer_floats(tiles, channels).
+// direct sum may differ (where that is infinite, the transforms give NaN). buffer holds buffer_floats(tiles, units).
 using Run = bool(const Problem&, int64_t first_tile, int64_t tiles, int64_t first_panel, int64_t panels, float* buffer);
 
-inline int64_t buffer_floats(int64_t tiles, int64_t channels) { return 16 * tiles * (channels + kPanel); }
+// units: of 32 bits, that the channels of a pixel take.
+inline int64_t buffer_floats(int64_t tiles, int64_t units) { return 16 * tiles * (units + kPanel); }
 
 namespace avx512 {
+Run run;
+}
+namespace avx512bf16 {
 Run run;
 }
 namespace avx2 {
@@ -38,9 +42,9 @@ Run run;
 }
 
 // The kernel for these instructions, "" for the widest that this CPU has; null where it has none.
-Run* kernel(const std::string& isa);
+Run* kernel(bool bf16, const std::string& isa);
 
 // The whole problem, shared out among torch's threads; the answer is that of Run.
-bool convolve(const Problem& problem, Run* run);
+bool convolve(const Problem& problem, bool bf16, Run* run);
 
 }  // namespace rf::winograd

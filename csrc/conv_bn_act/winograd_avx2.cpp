@@ -1,4 +1,4 @@
-// Compiled with -mavx2 -mfma.
 #define RF_ISA avx2
 #define RF_LANES 8
+#define RF_BF16 0
 #include "conv_bn_act/winograd_kernel.h"

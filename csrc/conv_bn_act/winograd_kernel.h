@@ -1,5 +1,6 @@
-// A 3x3 convolution of stride 1 on the CPU by Winograd's minimal filtering F(2x2, 3x3), float32, channels_last: 16
-// multiplications for every 4 outputs of a channel pair, where the direct sum takes 36.
+// A 3x3 convolution of stride 1 on the CPU by Winograd's minimal filtering F(2x2, 3x3), channels_last: 16
+// multiplications for every 4 outputs of a channel pair, where the direct sum takes 36. In float32, or of bfloat16 with
+// the transforms in float32, whose results are rounded to bfloat16 once to be multiplied, with sums in float32.
 //
 //   Y = Aᵀ [ Σ_c (G g Gᵀ) ⊙ (Bᵀ d B) ] A        Lavin & Gray, Fast Algorithms for Convolutional Neural Networks, 2015
 //
@@ -8,28 +9,22 @@
 // cache), multiplies them with the transformed filters of 32 output channels at a time, and transforms the products
 // into outputs, to which batch norm, residual and ReLU are applied in registers.
 //
-// Included once per instruction set, with RF_ISA the name of its namespace and RF_LANES the floats of its vectors.
+// Included once per instruction set, with RF_ISA the name of its namespace, RF_LANES the floats of its vectors and
+// RF_BF16 the element: bfloat16 or float.
 #pragma once
 
 #include <cstdint>
 
+#include "conv_bn_act/vectors.h"
 #include "conv_bn_act/winograd.h"
 
 namespace rf::winograd::RF_ISA {
 
 namespace {
 
-using Index = int64_t;
+using namespace vectors::RF_ISA;
 
-typedef float Vector __attribute__((vector_size(RF_LANES * 4), aligned(4), may_alias));
-
-constexpr int kLanes = RF_LANES;
-constexpr Index kAhead = 32;  // rows of filters to fetch ahead: one page
 constexpr int kPanelVectors = kPanel / kLanes;
-
-inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
-inline void store(float* at, Vector value) { *reinterpret_cast<Vector*>(at) = value; }
-inline Vector zero() { return Vector{}; }
 
 // Bᵀ along one axis.
 inline void input_axis(const Vector& d0, const Vector& d1, const Vector& d2, const Vector& d3, Vector* t, int step) {
@@ -49,13 +44,13 @@ inline Tile tile_at(const Problem& p, Index number) {
 }
 
 // The 16 transformed values of every channel of one tile: v[ξ·plane + c].
-inline void transform_input(const Problem& p, const Tile& tile, float* v, Index plane) {
+inline void transform_input(const Problem& p, const Tile& tile, Element* v, Index plane) {
   const Index top = tile.row - p.pad_height, left = tile.column - p.pad_width;
-  const float* rows[4];
+  const Element* rows[4];
   bool inside[4];
   for (int i = 0; i < 4; ++i) {
     const bool row_inside = top + i >= 0 && top + i < p.height;
-    rows[i] = row_inside ? p.x + ((tile.image * p.height + top + i) * p.width + left) * p.channels : nullptr;
+    rows[i] = row_inside ? static_cast<const Element*>(p.x) + ((tile.image * p.height + top + i) * p.width + left) * p.channels : nullptr;
     inside[i] = left + i >= 0 && left + i < p.width;
   }
   for (Index c = 0; c < p.channels; c += kLanes) {
@@ -73,16 +68,17 @@ inline void transform_input(const Problem& p, const Tile& tile, float* v, Index 
   }
 }
 
-// m[row, 0:COLUMNS·lanes] = Σ_c v[row, c] · u[c, …] for ROWS rows; everything that is summed stays in registers.
+// m[row, 0:COLUMNS·lanes] = Σ_c v[row, c] · u[c, …] for ROWS rows, whose channels are `units`; everything that is summed
+// stays in registers.
 template <int ROWS, int COLUMNS>
-inline void multiply(const float* v, Index v_stride, const float* u, Index channels, float* m) {
+inline void multiply(const float* v, const float* u, Index units, float* m) {
   Vector sum[ROWS][COLUMNS];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
     for (int j = 0; j < COLUMNS; ++j) sum[r][j] = zero();
   }
-  for (Index c = 0; c < channels; ++c, u += kPanel) {
+  for (Index c = 0; c < units; ++c, u += kPanel) {
     Vector right[COLUMNS];
 #pragma GCC unroll 4
     for (int j = 0; j < COLUMNS; ++j) {
@@ -91,9 +87,8 @@ inline void multiply(const float* v, Index v_stride, const float* u, Index chann
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
-      const float left = v[r * v_stride + c];
 #pragma GCC unroll 4
-      for (int j = 0; j < COLUMNS; ++j) sum[r][j] += left * right[j];
+      for (int j = 0; j < COLUMNS; ++j) add_product(sum[r][j], v + r * units + c, right[j]);
     }
   }
 #pragma GCC unroll 16
@@ -103,34 +98,30 @@ inline void multiply(const float* v, Index v_stride, const float* u, Index chann
   }
 }
 
-// As many registers for sums as leave room for the right side and one broadcast.
-#if RF_LANES == 16
-constexpr int kRows = 14, kColumns = 2;
-#else
-constexpr int kRows = 6, kColumns = 2;
-#endif
-
 template <int ROWS>
-void multiply_rows(Index rows, const float* v, Index v_stride, const float* u, Index channels, float* m) {
+void multiply_rows(Index rows, const float* v, const float* u, Index units, float* m) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
       for (int j = 0; j < kPanelVectors; j += kColumns) {
-        multiply<ROWS, kColumns>(v, v_stride, u + j * kLanes, channels, m + j * kLanes);
+        multiply<ROWS, kColumns>(v, u + j * kLanes, units, m + j * kLanes);
       }
     } else {
-      multiply_rows<ROWS - 1>(rows, v, v_stride, u, channels, m);
+      multiply_rows<ROWS - 1>(rows, v, u, units, m);
     }
   }
 }
 
 // Where transform_output will write and read, brought near while the products are computed.
 inline void fetch_output(const Problem& p, const Tile& tile, Index k) {
+  constexpr int kLine = 64 / sizeof(Element);
+  const Element* const out = static_cast<const Element*>(p.out);
+  const Element* const residual = static_cast<const Element*>(p.residual);
   for (int i = 0; i < 2 && tile.row + i < p.out_height; ++i) {
     const Index row = ((tile.image * p.out_height + tile.row + i) * p.out_width + tile.column) * p.out_channels + k;
     for (int j = 0; j < 2 && tile.column + j < p.out_width; ++j) {
-      for (int at = 0; at < kPanel; at += kLanes) {
-        __builtin_prefetch(p.out + row + j * p.out_channels + at, 1);
-        if (p.residual) __builtin_prefetch(p.residual + row + j * p.out_channels + at);
+      for (int at = 0; at < kPanel; at += kLine) {
+        __builtin_prefetch(out + row + j * p.out_channels + at, 1);
+        if (residual) __builtin_prefetch(residual + row + j * p.out_channels + at);
       }
     }
   }
@@ -155,10 +146,10 @@ inline Vector transform_output(const Problem& p, const Tile& tile, const float* 
         const Index pixel = (tile.image * p.out_height + tile.row + i) * p.out_width + tile.column + j;
         const Index offset = pixel * p.out_channels + k + at;
         Vector value = y[j] * scale + bias;
-        if (p.residual) value += load(p.residual + offset);
+        if (p.residual) value += load(static_cast<const Element*>(p.residual) + offset);
         seen += value * kNearInfinity * 0.0f;
         if (p.relu) value = value < zero() ? zero() : value;
-        store(p.out + offset, value);
+        store(static_cast<Element*>(p.out) + offset, value);
       }
     }
   }
@@ -167,21 +158,23 @@ inline Vector transform_output(const Problem& p, const Tile& tile, const float* 
 
 }  // namespace
 
-// See winograd.h. buffer: at least buffer_floats(p, block) floats of this thread's own.
+// See winograd.h.
 bool run(const Problem& p, Index first_tile, Index tiles, Index first_panel, Index panels, float* buffer) {
-  const Index v_plane = tiles * p.channels, m_plane = tiles * kPanel, steps = (tiles + kRows - 1) / kRows;
+  const Index units = p.channels / kElements, steps = (tiles + kRows - 1) / kRows;
+  const Index v_plane = tiles * units, m_plane = tiles * kPanel, u_plane = units * kPanel;
   float* v = buffer;
   float* m = buffer + 16 * v_plane;
-  for (Index t = 0; t < tiles; ++t) transform_input(p, tile_at(p, first_tile + t), v + t * p.channels, v_plane);
+  for (Index t = 0; t < tiles; ++t) {
+    transform_input(p, tile_at(p, first_tile + t), reinterpret_cast<Element*>(v + t * units), v_plane * kElements);
+  }
   Vector seen = zero();
   for (Index panel = first_panel; panel < first_panel + panels; ++panel) {
-    const float* u = p.filters + panel * 16 * p.channels * kPanel;
+    const float* u = static_cast<const float*>(p.filters) + panel * 16 * u_plane;
     for (Index t = 0; t < tiles; ++t) fetch_output(p, tile_at(p, first_tile + t), panel * kPanel);
     for (Index xi = 0; xi < 16; ++xi) {
       for (Index step = 0; step < steps; ++step) {
         const Index t = step * tiles / steps, rows = (step + 1) * tiles / steps - t;
-        multiply_rows<kRows>(rows, v + xi * v_plane + t * p.channels, p.channels, u + xi * p.channels * kPanel, p.channels,
-                             m + xi * m_plane + t * kPanel);
+        multiply_rows<kRows>(rows, v + xi * v_plane + t * units, u + xi * u_plane, units, m + xi * m_plane + t * kPanel);
       }
     }
     for (Index t = 0; t < tiles; ++t) {

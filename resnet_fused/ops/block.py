@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import backends
-from resnet_fused.ops import cpu_convolution, library, packed
+from resnet_fused.ops import library, packed
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, Shape, check_addend, check_conv, check_input, short_dtype
@@ -202,9 +202,7 @@ def _whole(name: str, call: BlockCall, backend: str) -> Callable[[BlockCall], Te
         server = None if found is None else backends.tuned(name, call, found)
         if server is not None:
             return _bind(server, call)
-        candidates = ()
-        if call.x.device.type == "cpu":
-            candidates = ("cpu", "onednn") if cpu_convolution.pays(call.x, *call.convs) else ("onednn",)
+        candidates = ("cpu", "onednn") if call.x.device.type == "cpu" else ()
     for candidate in candidates:
         if candidate in ("cpu", "onednn") and not packed.lasting(call.convs[0]):
             continue

@@ -1,8 +1,9 @@
 """Convolutions on the CPU by the compiled library's own kernels, with batch norm, residual and ReLU in the same pass.
 
-Two methods (csrc/conv_bn_act): the sum as it is written, in float32, or of bfloat16 in float32; and for 3x3 filters of
-stride 1 in float32 Winograd's F(2x2, 3x3), whose 16 multiplications stand for 36. Its sums are shorter than direct
-ones, so the rounding error is of the same size.
+Two methods (csrc/conv_bn_act), in float32, or of bfloat16 with sums in float32: the sum as it is written; and for 3x3
+filters of stride 1 Winograd's F(2x2, 3x3), whose 16 multiplications stand for 36. In float32 its sums are shorter than
+direct ones, so the rounding error is of the same size; in bfloat16 its transformed factors are rounded once, which
+costs about what eager's rounding between convolution, batch norm and sum does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from resnet_fused.ops.convbn import ConvBN, output_shape
 
 _MEBIBYTE = 1 << 20
 _PANEL = 32  # output channels computed together
-_BF16_PRODUCTS = 300_000_000  # in 3x3 filters: a block of ResNet-18 on one 224x224 image has 231 million
+# Below these Winograd's error in bfloat16 varies too much: it is one rounding of each transformed factor, and has to
+# average out over the channels; eager's, the measure of it, is known less well from few outputs.
+_ROUNDED_CHANNELS = 64
+_ROUNDED_OUTPUTS = 16384  # of an image
 _UNITS = 256  # of a sum taken at a time, of 32 bits each; see csrc/conv_bn_act/direct.h
 
 
@@ -68,31 +72,17 @@ def instructions(*, bf16: bool = False) -> str:
 
 
 def method_for(conv: ConvBN, dtype: torch.dtype, shape: tuple[int, ...]) -> Method:
-    """The faster method for an input of this shape."""
+    """The faster method for an input of this shape, of those that are exact enough."""
     geometry = (tuple(conv.weight.shape[2:]), conv.stride, conv.dilation)
-    if dtype != torch.float32 or geometry != ((3, 3), (1, 1), (1, 1)) or shape[1] % 16:
+    if geometry != ((3, 3), (1, 1), (1, 1)) or shape[1] % 16:
         return Method.DIRECT
-    n, _, height, width = output_shape(conv, shape)
+    n, channels, height, width = output_shape(conv, shape)
+    if dtype == torch.bfloat16 and (shape[1] < _ROUNDED_CHANNELS or channels * height * width < _ROUNDED_OUTPUTS):
+        return Method.DIRECT
     tiles = n * -(-height // 2) * -(-width // 2)
-    # The transformed filters are read once per block of tiles: few tiles pay for that only from a cache near by.
-    few = tiles < 8 or (tiles < 48 and conv.weight.shape[0] * shape[1] * 64 > _MEBIBYTE)
-    return Method.DIRECT if few else Method.WINOGRAD
-
-
-def pays(x: Tensor, *convs: ConvBN) -> bool:
-    """Whether to choose these kernels rather than oneDNN's for a chain of convolutions: the static rule of "auto".
-
-    In float32 always. In bfloat16, where there is no Winograd, oneDNN's 3x3 kernels are up to a tenth faster, since
-    they leave out the taps that lie in the border; what a chain saves here, calls and passes, is more for little work.
-    """
-    if x.dtype != torch.bfloat16:
-        return True
-    shape, work = tuple(x.shape), 0
-    for conv in convs:
-        shape = output_shape(conv, shape)
-        if tuple(conv.weight.shape[2:]) == (3, 3):
-            work += conv.weight.numel() * shape[0] * shape[2] * shape[3]
-    return work < _BF16_PRODUCTS
+    # The transformed filters are 16/9 as large: few tiles pay for that only where they come from a cache near by.
+    large = 16 * conv.weight.numel() // 9 * dtype.itemsize > _MEBIBYTE
+    return Method.DIRECT if large and tiles < 16 else Method.WINOGRAD
 
 
 class Convolution:
@@ -128,7 +118,11 @@ class Convolution:
 
 
 def _prepare_winograd(conv: ConvBN) -> list[Tensor]:
-    return [torch.ops.resnet_fused_cpu.winograd_filters(conv.weight), *_affine(conv)]
+    """Filters as csrc/conv_bn_act/winograd.h wants them."""
+    filters = torch.ops.resnet_fused_cpu.winograd_filters(conv.weight.float())
+    if conv.weight.dtype == torch.bfloat16:  # pairs of channels side by side
+        filters = filters.bfloat16().unflatten(2, (-1, 2)).transpose(3, 4).contiguous()
+    return [filters, *_affine(conv)]
 
 
 def _prepare_direct(conv: ConvBN) -> list[Tensor]:

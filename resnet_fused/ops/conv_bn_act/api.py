@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import backends
-from resnet_fused.ops import cpu_convolution, library, packed
+from resnet_fused.ops import library, packed
 from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, check_call
 from resnet_fused.ops.layout import like_eager
@@ -27,7 +27,7 @@ def candidates(x: Tensor, conv: ConvBN) -> tuple[str, ...]:
     if x.device.type == "cpu":
         if not packed.lasting(conv):
             return ("reference",)
-        return ("cpu", "onednn", "reference") if cpu_convolution.pays(x, conv) else ("onednn", "cpu", "reference")
+        return ("cpu", "onednn", "reference")
     if x.device.type == "cuda" and x.dtype != torch.float64:
         # A 1x1 convolution is bound by memory, where the fused epilogue pays whole; a larger filter by arithmetic,
         # where cuDNN's kernels are the safer choice until a tuning table says otherwise. Its fused 7x7 has been seen

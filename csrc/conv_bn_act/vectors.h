@@ -1,0 +1,61 @@
+// Vectors of float32 sums, and the tensors' elements that they are loaded from and rounded to, for the kernels of one
+// instruction set: RF_ISA, RF_LANES and RF_BF16 as in the kernels' own headers.
+#pragma once
+
+#if RF_BF16
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+namespace rf::vectors::RF_ISA {
+
+namespace {
+
+using Index = int64_t;
+
+typedef float Vector __attribute__((vector_size(RF_LANES * 4), aligned(4), may_alias));
+
+constexpr int kLanes = RF_LANES;
+
+inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
+inline void store(float* at, Vector value) { *reinterpret_cast<Vector*>(at) = value; }
+inline Vector zero() { return Vector{}; }
+
+// Factors come in units of 32 bits: one float, or two bfloat16 whose products are both added to one sum.
+#if RF_BF16
+using Element = uint16_t;
+
+inline void add_product(Vector& sum, const float* left, Vector right) {
+  int32_t pair;
+  std::memcpy(&pair, left, sizeof pair);
+  sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)right);
+}
+inline Vector load(const Element* at) {
+  typedef Element Halves __attribute__((vector_size(32), aligned(2), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(at), Words) << 16);
+}
+inline void store(Element* at, Vector value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh((__m512)value));
+}
+#else
+using Element = float;
+
+inline void add_product(Vector& sum, const float* left, Vector right) { sum += *left * right; }
+#endif
+
+constexpr Index kElements = sizeof(float) / sizeof(Element);  // of a unit
+constexpr Index kAhead = 32;                                  // units of filters to fetch ahead: one page
+
+// Sums in registers: as many as leave room for the right side and one broadcast.
+#if RF_LANES == 16
+constexpr int kRows = 14, kColumns = 2;
+#else
+constexpr int kRows = 6, kColumns = 2;
+#endif
+
+}  // namespace
+
+}  // namespace rf::vectors::RF_ISA
