@@ -154,6 +154,7 @@ def test_tf32_is_what_cudnns_convolutions_may_use_however_it_was_set(smi):
 
 
 def test_the_program_on_a_gpu_writes_prints_and_goes_on(smi, machine, monkeypatch, tmp_path, capsys):
+    machine._scratch = torch.empty(1)
     plans = []
     run = measure.run
     monkeypatch.setattr(
