@@ -40,6 +40,11 @@ class BlockCall(NamedTuple):
     shortcut: ConvBN | None
     identity: Tensor | None
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but x."""
+        convs = self.convs if self.shortcut is None else (*self.convs, self.shortcut)
+        return sum((conv[:6] for conv in convs), (self.identity,))
+
     def describe(self) -> str:
         """Short text for logs: ``bf16-N2-C64x56x56-64-64-256``."""
         widths = "-".join(str(conv.weight.shape[0]) for conv in self.convs)
@@ -92,6 +97,8 @@ def register(name: str, depth: int) -> Callable[[BlockCall, str], Tensor]:
         return BlockCall(args[0], tuple(convs), None if shortcut.weight is None else shortcut, args[-2])
 
     def call_op(call: BlockCall, backend: str) -> Tensor:
+        if library.goes_straight(call.x, call.tensors()):
+            return _compute(name, call, backend)
         flat: list[Any] = [call.x]
         for conv in call.convs:
             flat += conv
@@ -164,7 +171,7 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
             return run_chain(call, lambda c: conv_bn_act.compute(c, backend))
         return with_strides(run(call), eager_strides(_eager, x, (*call.convs, call.shortcut), identity))
     convs = call.convs if call.shortcut is None else (*call.convs, call.shortcut)
-    tensors = sum([conv[:6] for conv in convs], ())
+    tensors = call.tensors()[1:]
     plans = _PLANS.get(tensors, (name, call.shortcut is None, *[conv[6:] for conv in convs]), dict)
     switches = (torch._C._get_mkldnn_enabled(), torch.get_num_threads())  # each number of threads has its own table
     key: tuple[Any, ...] = (backend, x.shape, x.stride(), x.dtype, switches)

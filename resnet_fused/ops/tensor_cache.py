@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Hashable
@@ -61,13 +62,14 @@ class TensorCache(Generic[V]):
             self._entries.pop(key, None)
 
 
+_VERSION, _DTYPE = operator.attrgetter("_version"), operator.attrgetter("dtype")
+
+
 def _stamp(tensors: tuple[Tensor | None, ...]) -> Stamp | None:
     """What changes when a tensor is written or its storage replaced; None where that cannot be told."""
-    stamp: list[Any] = []
-    for t in tensors:
-        if t is None:
-            continue
-        if t.is_inference():
-            return None
-        stamp += (t.data_ptr(), t._version, t.stride(), t.dtype)
-    return tuple(stamp)
+    present = [t for t in tensors if t is not None]
+    try:
+        versions = map(_VERSION, present)
+        return (*versions, *map(Tensor.data_ptr, present), *map(Tensor.stride, present), *map(_DTYPE, present))
+    except RuntimeError:  # an inference tensor has no version
+        return None
