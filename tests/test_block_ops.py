@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import functional
-from resnet_fused.ops import block, block_cpu, onednn, packed
+from resnet_fused.ops import block, block_cpu, packed, workspace
 from resnet_fused.ops.block import BlockCall
 from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBN
@@ -82,7 +82,7 @@ def test_values_and_strides(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_sub_batches_give_the_same(kind: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     call = make(kind, n=n)
-    monkeypatch.setattr(onednn, "SUB_BATCH_BYTES", 2 * 64 * 9 * 7 * 4)
+    monkeypatch.setattr(workspace, "LARGEST_BUFFER", 2 * 64 * 9 * 7 * 4)
     call.x[n - 1, 0, 0, 0] = float("nan")
     before = call.x.clone()
     out = run(call)

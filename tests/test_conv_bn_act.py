@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resnet_fused import backends, functional
-from resnet_fused.ops import onednn, packed
+from resnet_fused.ops import onednn, packed, workspace
 from resnet_fused.ops.conv_bn_act import api, reference
 from resnet_fused.ops.convbn import ConvBNActCall
 from resnet_fused.ops.tensor_cache import TensorCache
@@ -209,7 +209,7 @@ def test_nan_and_infinities_pass_as_in_eager(special: float, device: str) -> Non
 
 
 def test_nan_passes_in_sub_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "SUB_BATCH_BYTES", 4096)
+    monkeypatch.setattr(workspace, "LARGEST_BUFFER", 4096)
     call = ConvCase(5, 16, 6, 6, 16, kernel=3, padding=1, residual=True).make(torch.float32)
     call.x[4, 0, 0, 0] = float("nan")
     out = api.compute(call, "onednn")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import resnet_fused as rf
 from resnet_fused import backends
-from resnet_fused.ops import cpu_convolution, onednn
+from resnet_fused.ops import cpu_convolution, workspace
 from resnet_fused.ops.conv_bn_act import api, reference
 from resnet_fused.ops.convbn import ConvBNActCall
 from resnet_fused.ops.cpu_convolution import Convolution, Method
@@ -212,7 +212,7 @@ def test_a_block_is_one_call_of_the_library(kind: str, dtype: torch.dtype, monke
     channels = next(m for m in block.modules() if isinstance(m, nn.Conv2d)).in_channels
     x = torch.randn(5, channels, 9, 7).to(dtype)
     eager = rf.unfuse(block)
-    monkeypatch.setattr(onednn, "SUB_BATCH_BYTES", 2 * 9 * 7 * 128 * x.element_size())  # two images, two, and one
+    monkeypatch.setattr(workspace, "LARGEST_BUFFER", 2 * 9 * 7 * 128 * x.element_size())  # two images, two, and one
     block._fused = dataclasses.replace(block._fused, backend="cpu")
     with torch.no_grad():
         out = block(x)

@@ -56,8 +56,8 @@ TRAPS = (
         (f"{OPS}/tensor_cache.py", " and entry[1] == stamp", ""),
         (
             f"{OPS}/tensor_cache.py",
-            "if t.is_inference():\n            return None",
-            "if t.is_inference():\n            continue",
+            "present = [t for t in tensors if t is not None]",
+            "present = [t for t in tensors if t is not None and not t.is_inference()]",
         ),
     ),
     trap(

@@ -17,9 +17,9 @@ from resnet_fused.modules import parts
 from resnet_fused.modules.block import FusedBlock
 from resnet_fused.ops import workspace
 
-# What one sub-batch may hold at a time: a layer's input, its output and what stands between. Twice as much brings
-# nothing, half as much makes the matrix products of the last stage small.
-BYTES = 18 << 20
+# What one sub-batch may hold at a time: a layer's input, its output and what stands between. That much stays in the
+# heap (ops/workspace.py); half as much makes the matrix products of the last stages small, and so slow.
+BYTES = 36 << 20
 
 _PER_IMAGE = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Identity)
 
@@ -37,7 +37,7 @@ def run(function: Callable[[Tensor], Tensor], x: Tensor, stem: nn.Conv2d, layers
     """
     if not _may_split(x):
         return function(x)
-    workspace.adapt_heap(BYTES)
+    workspace.adapt_heap()
     steps = [step for layer in layers for step in _steps(layer)]
     n = x.shape[0]
     parts_needed = -(-n // max(1, BYTES // _bytes_per_image(x, stem, steps)))

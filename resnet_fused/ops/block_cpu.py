@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from resnet_fused.ops import cpu_convolution, onednn
+from resnet_fused.ops import cpu_convolution, onednn, workspace
 from resnet_fused.ops.block import BlockCall
 from resnet_fused.ops.convbn import output_shape
 from resnet_fused.ops.cpu_convolution import Convolution
@@ -97,4 +97,4 @@ def _sizes(call: BlockCall) -> tuple[int, list[tuple[int, ...]], tuple[int, ...]
     for conv in call.convs:
         shapes.append(output_shape(conv, shapes[-1]))
     largest = max(c * h * w for _, c, h, w in shapes[1:])
-    return onednn.sub_batch(call.x.shape[0], largest * call.x.element_size()), shapes[:-1], shapes[-1]
+    return workspace.sub_batch(call.x.shape[0], largest * call.x.element_size()), shapes[:-1], shapes[-1]

@@ -12,10 +12,6 @@ from resnet_fused.ops.convbn import ConvBN
 
 _CACHE = packed.new_cache()
 
-# Buffers of one sub-batch inside a block. glibc maps each allocation above 32 MB afresh and gives it back when freed,
-# so that every use pays for its page faults; below that a freed buffer is used again: the heap is the workspace.
-SUB_BATCH_BYTES = 16 << 20
-
 
 def refused(x: Tensor, *convs: ConvBN | None) -> str | None:
     """Why oneDNN cannot take an input like x and these convolutions, or None."""
@@ -79,15 +75,6 @@ class Convolution:
         """With ReLU, which keeps NaN as oneDNN's own would not; into ``out`` where it is given."""
         y = self.linear(x, residual, into_residual=into_residual)
         return y.relu_() if out is None else torch.clamp_min(y, 0, out=out)
-
-
-def sub_batch(n: int, bytes_per_image: int) -> int:
-    """How many images to take at a time: all, or a share, even where n allows it, with buffers of SUB_BATCH_BYTES."""
-    limit = max(1, min(n, SUB_BATCH_BYTES // bytes_per_image))
-    for size in range(limit, limit // 2, -1):
-        if n % size == 0:
-            return size
-    return limit
 
 
 class _Prepared:

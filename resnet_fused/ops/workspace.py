@@ -10,6 +10,10 @@ import torch
 
 from resnet_fused.ops import packed
 
+# A tensor between two convolutions is to be no larger. glibc maps buffers above 32 MB afresh and gives them back, so
+# that every use pays for its page faults; below that a freed buffer is used again: the heap is the workspace.
+LARGEST_BUFFER = 30 << 20
+
 
 def clear_workspace() -> None:
     """Release what the ops keep between calls: packed weights, and freed buffers that the C library's heap holds.
@@ -23,13 +27,22 @@ def clear_workspace() -> None:
         trim(0)
 
 
+def sub_batch(images: int, bytes_per_image: int) -> int:
+    """How many images to take at a time: all, or a share, even where that is possible, in buffers of LARGEST_BUFFER."""
+    limit = max(1, min(images, LARGEST_BUFFER // bytes_per_image))
+    for size in range(limit, limit // 2, -1):
+        if images % size == 0:
+            return size
+    return limit
+
+
 @functools.cache
-def adapt_heap(working_set: int) -> None:
-    """Let glibc's heap see once that the process uses buffers of ``working_set`` bytes, at most 32 MB.
+def adapt_heap() -> None:
+    """Let glibc's heap see once that the process uses buffers of LARGEST_BUFFER bytes.
 
     glibc takes large buffers from the system and returns them when freed, and from the first freed one learns to
     serve that size from its heap and to keep up to twice as much there. It cannot learn that from many small buffers,
     and would return the heap's top after each call and take it again page by page. A process with settings of its own
     for malloc (MALLOC_TRIM_THRESHOLD_ and the like) keeps those.
     """
-    torch.empty(working_set, dtype=torch.uint8)
+    torch.empty(LARGEST_BUFFER, dtype=torch.uint8)

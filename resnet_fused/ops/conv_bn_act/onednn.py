@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fused.ops import onednn
+from resnet_fused.ops import onednn, workspace
 from resnet_fused.ops.convbn import ConvBNActCall
 
 
@@ -24,7 +24,7 @@ def run(call: ConvBNActCall) -> Tensor:
         return convolution.linear(x, residual)
     height, width = call.conv.output_size(x.shape[2], x.shape[3])
     channels = call.conv.weight.shape[0]
-    size = onednn.sub_batch(n, channels * height * width * x.element_size())
+    size = workspace.sub_batch(n, channels * height * width * x.element_size())
     if size == n:
         return convolution.relu(x, residual)
     out = torch.empty((n, channels, height, width), dtype=x.dtype, memory_format=torch.channels_last)
