@@ -14,7 +14,7 @@ namespace {
 // Pixels that a thread takes at a time: what the kernel multiplies at once; more where the filters are larger than the
 // second-level cache, which then pass by more rarely.
 constexpr int64_t kPixels = 14;
-constexpr int64_t kLargeFilters = 512 << 10;  // bytes
+constexpr int64_t kLargeFilters = 256 << 10;  // bytes
 
 }  // namespace
 
