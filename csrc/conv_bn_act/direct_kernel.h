@@ -91,8 +91,8 @@ struct Part {
 // sums, or at the last part the output, of ROWS pixels in COLUMNS·lanes channels. out and residual point at these
 // channels of the first of the pixels, which lie K elements apart; sums lie 32 apart.
 template <int ROWS, int COLUMNS>
-inline void multiply(const Problem& p, const Part& part, const float* left, const float* right, float* sums, Index offset,
-                     Index channel) {
+inline void multiply(const Problem& p, const Part& part, const float* left, const float* right, Ahead ahead, float* sums,
+                     Index offset, Index channel) {
   Vector sum[ROWS][COLUMNS];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
@@ -115,12 +115,12 @@ inline void multiply(const Problem& p, const Part& part, const float* left, cons
       }
     }
   }
-  for (Index i = 0; i < part.units; ++i, right += kPanel) {
+  for (Index i = 0; i < part.units; ++i, right += kPanel, ahead.next()) {
     Vector filters[COLUMNS];
 #pragma GCC unroll 4
     for (int j = 0; j < COLUMNS; ++j) {
       filters[j] = load(right + j * kLanes);
-      __builtin_prefetch(right + kAhead * kPanel + j * kLanes);
+      ahead.fetch(j);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
@@ -158,15 +158,15 @@ inline void multiply(const Problem& p, const Part& part, const float* left, cons
 }
 
 template <int ROWS>
-void multiply_rows(Index rows, const Problem& p, const Part& part, const float* left, const float* right, float* sums,
-                   Index offset, Index channel) {
+void multiply_rows(Index rows, const Problem& p, const Part& part, const float* left, const float* right,
+                   const Ahead& ahead, float* sums, Index offset, Index channel) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
       for (int j = 0; j < kPanel; j += kColumns * kLanes) {
-        multiply<ROWS, kColumns>(p, part, left, right + j, sums + j, offset + j, channel + j);
+        multiply<ROWS, kColumns>(p, part, left, right + j, ahead, sums + j, offset + j, channel + j);
       }
     } else {
-      multiply_rows<ROWS - 1>(rows, p, part, left, right, sums, offset, channel);
+      multiply_rows<ROWS - 1>(rows, p, part, left, right, ahead, sums, offset, channel);
     }
   }
 }
@@ -195,7 +195,8 @@ void run(const Problem& p, Index first_pixel, Index pixels, Index first_panel, I
       float* const waiting = sums + (panel - first_panel) * pixels * kPanel;
       for (Index tile = 0; tile < tiles; ++tile) {
         const Index r = tile * pixels / tiles, rows = (tile + 1) * pixels / tiles - r;
-        multiply_rows<kRows>(rows, p, part, left + r * kStride, right, waiting + r * kPanel,
+        const Ahead ahead(right, part.units * kPanel, tile, tiles);
+        multiply_rows<kRows>(rows, p, part, left + r * kStride, right, ahead, waiting + r * kPanel,
                              (first_pixel + r) * p.out_channels + panel * kPanel, panel * kPanel);
       }
     }

@@ -47,14 +47,29 @@ inline void add_product(Vector& sum, const float* left, Vector right) { sum += *
 #endif
 
 constexpr Index kElements = sizeof(float) / sizeof(Element);  // of a unit
-constexpr Index kAhead = 32;                                  // units of filters to fetch ahead: one page
-
 // Sums in registers: as many as leave room for the right side and one broadcast.
 #if RF_LANES == 16
 constexpr int kRows = 14, kColumns = 2;
 #else
 constexpr int kRows = 6, kColumns = 2;
 #endif
+
+// Filters brought near while others are multiplied. Where these are multiplied in several passes, all of them together
+// fetch as much of what comes next, which the first of the next passes alone would wait for; a single pass fetches what
+// lies one page before it.
+class Ahead {
+ public:
+  // filters, of `floats`, are multiplied in `passes` passes, of which this is one.
+  Ahead(const float* filters, Index floats, Index pass, Index passes)
+      : at_(filters + (passes == 1 ? kPage : floats + pass * floats / passes)), step_(kFloats / passes) {}
+  void fetch(int column) const { __builtin_prefetch(at_ + column * kLanes, 0, 2); }  // into the second-level cache
+  void next() { at_ += step_; }  // a unit of filters, kFloats, has been multiplied
+
+ private:
+  static constexpr Index kFloats = 32, kPage = 1024;
+  const float* at_;
+  Index step_;
+};
 
 }  // namespace
 

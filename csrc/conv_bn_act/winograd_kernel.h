@@ -71,19 +71,19 @@ inline void transform_input(const Problem& p, const Tile& tile, Element* v, Inde
 // m[row, 0:COLUMNS·lanes] = Σ_c v[row, c] · u[c, …] for ROWS rows, whose channels are `units`; everything that is summed
 // stays in registers.
 template <int ROWS, int COLUMNS>
-inline void multiply(const float* v, const float* u, Index units, float* m) {
+inline void multiply(const float* v, const float* u, Index units, Ahead ahead, float* m) {
   Vector sum[ROWS][COLUMNS];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
     for (int j = 0; j < COLUMNS; ++j) sum[r][j] = zero();
   }
-  for (Index c = 0; c < units; ++c, u += kPanel) {
+  for (Index c = 0; c < units; ++c, u += kPanel, ahead.next()) {
     Vector right[COLUMNS];
 #pragma GCC unroll 4
     for (int j = 0; j < COLUMNS; ++j) {
       right[j] = load(u + j * kLanes);
-      __builtin_prefetch(u + kAhead * kPanel + j * kLanes);
+      ahead.fetch(j);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
@@ -99,14 +99,14 @@ inline void multiply(const float* v, const float* u, Index units, float* m) {
 }
 
 template <int ROWS>
-void multiply_rows(Index rows, const float* v, const float* u, Index units, float* m) {
+void multiply_rows(Index rows, const float* v, const float* u, Index units, const Ahead& ahead, float* m) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
       for (int j = 0; j < kPanelVectors; j += kColumns) {
-        multiply<ROWS, kColumns>(v, u + j * kLanes, units, m + j * kLanes);
+        multiply<ROWS, kColumns>(v, u + j * kLanes, units, ahead, m + j * kLanes);
       }
     } else {
-      multiply_rows<ROWS - 1>(rows, v, u, units, m);
+      multiply_rows<ROWS - 1>(rows, v, u, units, ahead, m);
     }
   }
 }
@@ -174,7 +174,9 @@ bool run(const Problem& p, Index first_tile, Index tiles, Index first_panel, Ind
     for (Index xi = 0; xi < 16; ++xi) {
       for (Index step = 0; step < steps; ++step) {
         const Index t = step * tiles / steps, rows = (step + 1) * tiles / steps - t;
-        multiply_rows<kRows>(rows, v + xi * v_plane + t * units, u + xi * u_plane, units, m + xi * m_plane + t * kPanel);
+        const Ahead ahead(u + xi * u_plane, u_plane, step, steps);
+        multiply_rows<kRows>(rows, v + xi * v_plane + t * units, u + xi * u_plane, units, ahead,
+                             m + xi * m_plane + t * kPanel);
       }
     }
     for (Index t = 0; t < tiles; ++t) {
