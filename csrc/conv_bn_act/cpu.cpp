@@ -175,17 +175,8 @@ Tensor winograd_filters(const Tensor& weight) {
 }
 
 std::string instructions_name(bool bf16) {
-  switch (instructions(bf16, "")) {
-    case Instructions::kAvx512Bf16:
-      return "avx512bf16";
-    case Instructions::kAvx512:
-      return "avx512";
-    case Instructions::kAvx2:
-      return "avx2";
-    case Instructions::kNone:
-      break;
-  }
-  return "";
+  const char* const name = version<const char>(instructions(bf16, ""), "avx512bf16", "avx512", "avx2");
+  return name ? name : "";
 }
 
 void boxed_filters(StableIValue* stack, uint64_t, uint64_t) {

@@ -11,8 +11,8 @@ using cpu::divide_up;
 
 namespace {
 
-// Pixels that a thread takes at a time: what the kernel multiplies at once; more where the filters are larger than the
-// second-level cache, which then pass by more rarely.
+// Pixels that a thread takes at a time: what the kernel multiplies at once; more where the filters take a good
+// part of the second-level cache: they then pass by more rarely.
 constexpr int64_t kPixels = 14;
 constexpr int64_t kLargeFilters = 256 << 10;  // bytes
 
@@ -20,18 +20,10 @@ constexpr int64_t kLargeFilters = 256 << 10;  // bytes
 
 Run* kernel(bool bf16, const std::string& isa) {
 #ifdef __x86_64__
-  switch (cpu::instructions(bf16, isa)) {
-    case cpu::Instructions::kAvx512Bf16:
-      return &avx512bf16::run;
-    case cpu::Instructions::kAvx512:
-      return &avx512::run;
-    case cpu::Instructions::kAvx2:
-      return &avx2::run;
-    case cpu::Instructions::kNone:
-      break;
-  }
-#endif
+  return cpu::version<Run>(cpu::instructions(bf16, isa), &avx512bf16::run, &avx512::run, &avx2::run);
+#else
   return nullptr;
+#endif
 }
 
 void convolve(const Problem& problem, bool bf16, Run* run) {

@@ -24,6 +24,22 @@ inline Instructions instructions(bool bf16, const std::string& name) {
   return Instructions::kNone;
 }
 
+// The one of a kernel's versions for these instructions, or null.
+template <class Run>
+Run* version(Instructions found, Run* avx512bf16, Run* avx512, Run* avx2) {
+  switch (found) {
+    case Instructions::kAvx512Bf16:
+      return avx512bf16;
+    case Instructions::kAvx512:
+      return avx512;
+    case Instructions::kAvx2:
+      return avx2;
+    case Instructions::kNone:
+      break;
+  }
+  return nullptr;
+}
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace rf::cpu

@@ -19,18 +19,10 @@ constexpr int64_t kTiles = 28;
 
 Run* kernel(bool bf16, const std::string& isa) {
 #ifdef __x86_64__
-  switch (cpu::instructions(bf16, isa)) {
-    case cpu::Instructions::kAvx512Bf16:
-      return &avx512bf16::run;
-    case cpu::Instructions::kAvx512:
-      return &avx512::run;
-    case cpu::Instructions::kAvx2:
-      return &avx2::run;
-    case cpu::Instructions::kNone:
-      break;
-  }
-#endif
+  return cpu::version<Run>(cpu::instructions(bf16, isa), &avx512bf16::run, &avx512::run, &avx2::run);
+#else
   return nullptr;
+#endif
 }
 
 bool convolve(const Problem& problem, bool bf16, Run* run) {

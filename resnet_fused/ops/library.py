@@ -60,7 +60,7 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 def goes_straight(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     """Whether the dispatcher, asked to call an op of ours for CPU tensors, would call its kernel and do nothing else.
 
-    Then the kernel may be called in its place, which saves the way there and back: some 40 us for a block's arguments.
+    Then the kernel may be called in its place, which saves the way there and back (bench/NOTES.md).
     Anything that stands in between says no: recorded gradients, autocast, modes and subclasses, function transforms,
     tracing, compilation, and the profiler, which shows ops by their names.
     """

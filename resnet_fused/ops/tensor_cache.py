@@ -69,7 +69,7 @@ def _stamp(tensors: tuple[Tensor | None, ...]) -> Stamp | None:
     """What changes when a tensor is written or its storage replaced; None where that cannot be told."""
     present = [t for t in tensors if t is not None]
     try:
-        versions = map(_VERSION, present)
-        return (*versions, *map(Tensor.data_ptr, present), *map(Tensor.stride, present), *map(_DTYPE, present))
-    except RuntimeError:  # an inference tensor has no version
+        versions = tuple(map(_VERSION, present))
+    except RuntimeError:  # an inference tensor has none
         return None
+    return (*versions, *map(Tensor.data_ptr, present), *map(Tensor.stride, present), *map(_DTYPE, present))
