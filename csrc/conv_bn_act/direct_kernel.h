@@ -191,7 +191,8 @@ void run(const Problem& p, Index first_pixel, Index pixels, Index first_panel, I
     }
     for (Index panel = first_panel; panel < first_panel + panels; ++panel) {
       // All panels of one part lie together: they are read in this order.
-      const float* const right = static_cast<const float*>(p.filters) + (at * (p.out_channels / kPanel) + panel * part.units) * kPanel;
+      const float* const filters = static_cast<const float*>(p.filters);
+      const float* const right = filters + (at * (p.out_channels / kPanel) + panel * part.units) * kPanel;
       float* const waiting = sums + (panel - first_panel) * pixels * kPanel;
       for (Index tile = 0; tile < tiles; ++tile) {
         const Index r = tile * pixels / tiles, rows = (tile + 1) * pixels / tiles - r;

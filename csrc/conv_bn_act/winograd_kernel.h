@@ -46,11 +46,12 @@ inline Tile tile_at(const Problem& p, Index number) {
 // The 16 transformed values of every channel of one tile: v[ξ·plane + c].
 inline void transform_input(const Problem& p, const Tile& tile, Element* v, Index plane) {
   const Index top = tile.row - p.pad_height, left = tile.column - p.pad_width;
+  const Element* const x = static_cast<const Element*>(p.x);
   const Element* rows[4];
   bool inside[4];
   for (int i = 0; i < 4; ++i) {
     const bool row_inside = top + i >= 0 && top + i < p.height;
-    rows[i] = row_inside ? static_cast<const Element*>(p.x) + ((tile.image * p.height + top + i) * p.width + left) * p.channels : nullptr;
+    rows[i] = row_inside ? x + ((tile.image * p.height + top + i) * p.width + left) * p.channels : nullptr;
     inside[i] = left + i >= 0 && left + i < p.width;
   }
   for (Index c = 0; c < p.channels; c += kLanes) {

@@ -1,7 +1,7 @@
 """Serve a fused classifier with Ray Serve. Images are posted as the bytes of their files; the answer is JSON::
 
     serve run resnet_fused.recipes.ray_serve:app model=torchvision:resnet50 weights=DEFAULT
-    curl --data-binary @cat.jpg http://localhost:8000/     # {"label": "tabby", "probability": 0.61}
+    curl --data-binary @cat.jpg http://localhost:8000/     # {"label": …, "probability": …}
 
 Requests that come together are answered in one batch. Replicas, GPUs and scaling are Ray Serve's own settings, in its
 config file or by ``Server.options``: ``Server.options(num_replicas=2, ray_actor_options={"num_gpus": 1})``.
