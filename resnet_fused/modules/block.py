@@ -42,7 +42,7 @@ class FusedBlock(FusedModule):
         extras = self._extras()
         data = [parts.read(conv, norm) for conv, norm in pairs]
         if None not in data:
-            x = state.feature_map(x)
+            x = parts.feature_map(x, data, state.channels_last)  # type: ignore[arg-type]
         if extras is None and None not in data:
             if shortcut is None:
                 return self._op(x, *data, backend=state.backend)

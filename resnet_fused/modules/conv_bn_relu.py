@@ -81,9 +81,13 @@ class FusedConvBNReLU(FusedModule):
         if not parts.bypassable(conv, bn) or parts.watched():
             y: Tensor = bn(conv(x))
             return F.relu(y) if self.act == "relu" else y
-        if parts.read(conv, bn) is not None:  # type: ignore[arg-type]
-            x = self._fused.feature_map(x)
+        x = _feature_map(x, [(conv, bn)], self._fused)  # type: ignore[list-item]
         return parts.step(x, conv, bn, self.act, None, self._fused.backend)  # type: ignore[arg-type]
+
+
+def _feature_map(x: Tensor, pairs: list[live.Pair], state: FusedState) -> Tensor:
+    data = [found for pair in pairs if (found := parts.read(*pair)) is not None]
+    return parts.feature_map(x, data, state.channels_last) if len(data) == len(pairs) else x
 
 
 class FusedStem(FusedModule):
@@ -100,8 +104,7 @@ class FusedStem(FusedModule):
         pairs = self.stem_pairs()
         if pairs is None:
             return self._run_modules(x)
-        if all(parts.read(*pair) is not None for pair in pairs):
-            x = self._fused.feature_map(x)
+        x = _feature_map(x, pairs, self._fused)
         for conv, norm in pairs:
             x = parts.step(x, conv, norm, "relu", None, self._fused.backend)
         return x

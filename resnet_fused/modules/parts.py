@@ -6,6 +6,7 @@ else, whenever it came about, runs through the module calls as written.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -128,6 +129,25 @@ def batch_statistics_step(
     if residual is not None:
         residual = residual.to(y.dtype)  # as eager's sum in place
     return batch_norm_act.call_op(norm_call(y, norm, act, residual), backend)
+
+
+# Where weights are trained, aten copies those that are not channels_last, both forward and backward. From that many
+# elements of weight to one of the image this takes longer than what the format saves (bench/NOTES.md).
+_COPIED = 4
+_SMALL = 20480  # one image up to this size needs no copies: ops/conv_bn_act/unpacked.py
+
+
+def feature_map(x: Tensor, convs: Iterable[ConvBN], channels_last: bool) -> Tensor:
+    """``x``, ``[N, C, H, W]``, in the memory format in which pairs with given statistics compute: channels_last where
+    that is wanted and pays. Parameters keep theirs."""
+    if not channels_last or x.dim() != 4:
+        return x
+    if torch.is_grad_enabled() and x.device.type == "cpu" and (x.shape[0] > 1 or x.numel() > _SMALL):
+        trained = [c.weight for c in convs if c.weight.requires_grad]
+        copied = sum(w.numel() for w in trained if not w.is_contiguous(memory_format=torch.channels_last))
+        if copied > _COPIED * x.numel():
+            return x.contiguous()
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _eps(norm: Any) -> float:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 Path = tuple[str, ...]
 
@@ -87,14 +86,10 @@ class FusedState:
     """What a fused module knows beside its parameters: no tensor, nothing derived from one.
 
     recompute is what training computes again in the backward pass instead of keeping it: None, "activations" or
-    "last_conv". channels_last: whether inference turns feature maps into that memory format, which the kernels read.
+    "last_conv". channels_last: whether feature maps become that where norms use given statistics (parts.feature_map).
     """
 
     spec: BlockSpec
     backend: str = "auto"
     recompute: str | None = None
     channels_last: bool = True
-
-    def feature_map(self, x: Tensor) -> Tensor:
-        """``x``, ``[N, C, H, W]``, in the memory format in which inference computes; parameters keep theirs."""
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.dim() == 4 else x

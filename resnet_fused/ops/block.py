@@ -15,7 +15,7 @@ from torch import Tensor
 from resnet_fused import backends
 from resnet_fused.ops import library, packed
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
-from resnet_fused.ops.conv_bn_act import reference
+from resnet_fused.ops.conv_bn_act import reference, unpacked
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, Shape, check_addend, check_conv, check_input, short_dtype
 from resnet_fused.ops.layout import eager_strides, with_strides
 from resnet_fused.ops.schemas import SCHEMAS
@@ -178,7 +178,7 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
     if plans is None:
         if backend == backends.AUTO and not packed.settled(tensors):
             check_block(call)
-            return run_chain(call, reference.run)
+            return run_chain(call, unpacked.run)
         plans = CACHE.get(_PLANS, tensors, kind, dict)
     switches = (torch._C._get_mkldnn_enabled(), torch.get_num_threads())  # each number of threads has its own table
     key: tuple[Any, ...] = (backend, x.shape, x.stride(), x.dtype, switches)
