@@ -17,7 +17,6 @@ from resnet_fused.testing.torchvision_compat import import_torchvision
 
 torchvision = import_torchvision()
 tv = torchvision.models.resnet
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 class WithHead(nn.Module):
@@ -101,7 +100,7 @@ def test_warmup_packs_weights():
     assert sum(map(len, packed.CACHES)) > 0 or not torch.backends.mkldnn.is_available()
 
 
-@cuda
+@pytest.mark.gpu
 def test_cuda_graph_after_warmup():
     fused = fused_model().cuda()
     x = image().cuda()
