@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import devices
+import optional
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,9 @@ import resnet_fused as rf
 from resnet_fused.ops import residual_block
 from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.networks import randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 from resnet_fused.testing.training import saved_bytes
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
 tv = torchvision.models.resnet
 RECOMPUTE = ["activations", "last_conv"]
 
