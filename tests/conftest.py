@@ -10,7 +10,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, so it stands before every test
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so it stands before every test
 
 os.environ["RESNET_FUSED_TUNING"] = "0"  # no table of this machine decides what is tested
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry_run and not _device_present():
         print("gpu_first: no CUDA device; --dry-run lets the CPU stand in", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a step ends with this program
     return runner.run(chosen, context)
 
 

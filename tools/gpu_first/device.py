@@ -23,13 +23,7 @@ from resnet_fused.testing.bench.machine import machine_for, measure_cache, measu
 BACKENDS = ("cuda", "triton", "cudnn")
 PACKAGES = ("torch", "triton", "torchvision", "timm", "transformers", "numpy", "hypothesis", "pytest", "pytest-xdist",
             "pytest-timeout", "rich", "pandas", "safetensors", "pybind11", "ninja")  # fmt: skip
-TOOLS = {
-    "nvcc": "--version",
-    "nvidia-smi": "",
-    "ncu": "--version",
-    "compute-sanitizer": "--version",
-    "g++": "--version",
-}
+TOOLS = {"nvidia-smi": ""} | dict.fromkeys(("nvcc", "ncu", "compute-sanitizer", "g++"), "--version")
 
 
 def versions(out: Path, device: torch.device) -> int:
@@ -64,8 +58,9 @@ def build(dry: bool) -> int:
     """Builds the library in place for the device's architecture alone, with this interpreter and no installation; then
     every backend of a CUDA device must be available in a fresh process."""
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    wanted = {}
     if dry:
-        wanted = {"RESNET_FUSED_CUDA": "0"}  # runs setup.py, compiles nothing
+        command.append("--help")  # setup.py is run, and nothing compiled
     else:
         major, minor = torch.cuda.get_device_capability()
         wanted = {"RESNET_FUSED_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
@@ -75,7 +70,7 @@ def build(dry: bool) -> int:
     for name, reason in absent.items():
         print(f"{name}: {reason}")
     if dry:
-        print("figure: the CPU stands in: nothing compiled, the backends not asserted")
+        print("figure: setup.py runs; nothing compiled, no backend asserted")
         return code
     here = ", ".join(name for name in BACKENDS if name not in absent) or "none"
     print(f"figure: setup.py's exit code {code}; for sm_{major}{minor}; available: {here}")
@@ -84,7 +79,8 @@ def build(dry: bool) -> int:
 
 def refusals() -> dict[str, str]:
     """Of a CUDA device's backends those that a fresh process finds unavailable, with the reason."""
-    program = f"import json; from resnet_fused import backends as b; print(json.dumps([b.unavailable(n) for n in {BACKENDS}]))"
+    program = "import json; from resnet_fused import backends as b\n"
+    program += f"print(json.dumps([b.unavailable(name) for name in {BACKENDS}]))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         return dict.fromkeys(BACKENDS, done.stderr.strip().splitlines()[-1])

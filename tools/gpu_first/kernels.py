@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -86,9 +88,7 @@ def rehearsal(small: bool = True) -> Iterator[dict[str, Any]]:
     model = next(trials("triton", "cpu", small))
     for backend, kernels in names.items():
         for kernel in kernels:
-            stand_in = Trial(
-                model.op, backend, kernel, model.dtype, model.case, _first(model.eager), model.eager, model.exact
-            )
+            stand_in = dataclasses.replace(model, backend=backend, kernel=kernel, run=_first(model.eager))
             yield row(stand_in) | {"status": "stand-in", "note": "eager PyTorch on a CPU stands in"}
 
 
@@ -102,7 +102,7 @@ def profile() -> int:
     conv = backend_of("conv_bn_act", "cuda")
     pointwise = backend_of("conv_bn_act", "triton")
     whole = backend_of("bottleneck", "cuda")
-    three, one = (case.make(torch.bfloat16, "cuda") for case in (_batch(RESNET_CASES[0]), _batch(RESNET_CASES[1])))
+    three, one = (dataclasses.replace(case, n=32).make(torch.bfloat16, "cuda") for case in RESNET_CASES[:2])
     block = block_call(256, 64, 1, False, (32, 56, 56), torch.bfloat16, "cuda")
     calls = (lambda: conv.run(three), lambda: pointwise.run(one), lambda: whole.run(block))
     for call in calls:
@@ -117,12 +117,6 @@ def profile() -> int:
     return 0
 
 
-def _batch(case: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(case, n=32)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", choices=BACKENDS, action="append", default=[])
@@ -133,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.profile:
         return profile()
+    if args.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which is on first use
     device = torch.device("cpu" if args.dry_run else "cuda")
     torch.manual_seed(0)
     with environment.pinned(device):

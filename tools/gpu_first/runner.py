@@ -1,4 +1,4 @@
-"""Runs steps one after another: a process each, a time limit each, a line of the table each, whatever becomes of them."""
+"""Runs steps one after another: a process, a time limit and a line of the table each, whatever becomes of them."""
 
 from __future__ import annotations
 
@@ -108,10 +108,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """This process's, with the checkout first on the path; no tuning table of this machine decides what `auto` is."""
+    """This process's, with the checkout first on the path; no tuning table of this machine decides what `auto` is, and no
+    kernel is interpreted unless a program asks for it itself."""
     paths = [str(ROOT), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
     programs = [str(Path(sys.executable).parent), os.environ.get("PATH", ""), CUDA_BIN]
-    fixed = {"RESNET_FUSED_TUNING": "0", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    fixed = {"RESNET_FUSED_TUNING": "0", "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
     return os.environ | fixed | {"PYTHONPATH": os.pathsep.join(paths), "PATH": os.pathsep.join(programs)}
 
 
