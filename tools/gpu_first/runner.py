@@ -108,8 +108,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """This process's, with the checkout first on the path; no tuning table of this machine decides what `auto` is, and no
-    kernel is interpreted unless a program asks for it itself."""
+    """This process's, with the checkout first on the path. No tuning table of this machine decides what `auto` is, and
+    no kernel is interpreted unless a program asks for it itself."""
     paths = [str(ROOT), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
     programs = [str(Path(sys.executable).parent), os.environ.get("PATH", ""), CUDA_BIN]
     fixed = {"RESNET_FUSED_TUNING": "0", "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
