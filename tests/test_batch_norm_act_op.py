@@ -99,7 +99,7 @@ def test_statistics_changed_before_the_backward_pass_are_noticed(backend: str) -
         out.backward()
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", BACKENDS[2:])
 def test_a_kernel_that_moves_statistics_says_so(backend: str) -> None:
     call = copied(NormCase(2, 5, 4, 3).make(torch.float32, device_of(backend)))
     assert call.running_mean is not None and call.running_var is not None

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import devices
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from resnet_fused import backends
 from resnet_fused.ops import block
 from resnet_fused.ops.block import BlockCall
 from resnet_fused.ops.conv_bn_act import reference
@@ -21,7 +21,8 @@ from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.cases import ConvCase
 
 ROOT = Path(__file__).parents[1]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = devices.DEVICE
+pytestmark = devices.PREFERRED
 
 
 def make(cin: int, mid: int, project: bool, stride: int, size: tuple[int, int, int], dtype: torch.dtype) -> BlockCall:
@@ -50,8 +51,6 @@ def make(cin: int, mid: int, project: bool, stride: int, size: tuple[int, int, i
 def test_numbers(shape: tuple[int, int, bool, int], size: tuple[int, int, int], dtype: torch.dtype) -> None:
     from resnet_fused.ops.bottleneck import triton
 
-    if backends.unavailable("triton") is not None:
-        pytest.skip(str(backends.unavailable("triton")))
     call = make(*shape, size, dtype)
     assert triton.supports(call) is None
 
@@ -82,8 +81,6 @@ def test_numbers_with_other_architectures_configs(
 def test_what_it_refuses() -> None:
     from resnet_fused.ops.bottleneck import triton
 
-    if backends.unavailable("triton") is not None:
-        pytest.skip(str(backends.unavailable("triton")))
     call = make(256, 64, False, 1, (1, 4, 4), torch.bfloat16)
     assert "no other tensor" in str(triton.supports(call._replace(identity=call.x)))
     assert "float32" in str(triton.supports(call._replace(x=call.x.float()))) or "fp32" in str(

@@ -2,14 +2,14 @@
 
 import copy
 
+import optional
 import pytest
 import torch
 
 import resnet_fused as rf
 from resnet_fused.testing.networks import randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
 
 
 @pytest.fixture(autouse=True)

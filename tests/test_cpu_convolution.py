@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import optional
 import pytest
 import torch
 from hypothesis import given
@@ -19,6 +20,8 @@ from resnet_fused.ops.convbn import ConvBNActCall
 from resnet_fused.ops.cpu_convolution import Convolution, Method
 from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.cases import ConvCase, double, in_format
+
+optional.needs_the_library()
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 DIRECT, WINOGRAD = Method

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 
+import optional
 import pytest
 import torch
 from torch import nn
@@ -9,9 +10,8 @@ from torch.nn.utils import parametrizations
 
 import resnet_fused as rf
 from resnet_fused.testing.networks import compare, randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
 tv = torchvision.models.resnet
 
 

@@ -4,6 +4,7 @@ import copy
 import pickle
 import random
 
+import optional
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,8 @@ from torch import nn
 import resnet_fused as rf
 from resnet_fused.modules.traced import FusedForward
 from resnet_fused.testing.networks import compare, randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-models = import_torchvision().models
+models = optional.torchvision().models
 
 COUNTS = {  # of convolutions with a norm behind, and of sums
     "efficientnet_b0": 49, "densenet121": 59, "mobilenet_v3_small": 34, "shufflenet_v2_x0_5": 56, "mnasnet0_5": 52,

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import optional
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,8 @@ from torch import nn
 import resnet_fused as rf
 from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.networks import compare, randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
 tv = torchvision.models.resnet
 
 IMAGENET = [

@@ -6,19 +6,19 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import devices
+import optional
 import pytest
 import torch
 from torch import Tensor, nn
 
 import resnet_fused as rf
-from resnet_fused import backends
 from resnet_fused.ops import residual_block
 from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.networks import randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 from resnet_fused.testing.training import saved_bytes
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
 tv = torchvision.models.resnet
 RECOMPUTE = ["activations", "last_conv"]
 
@@ -84,12 +84,14 @@ def test_to_the_bit_what_is_kept_otherwise(name: str, recompute: str) -> None:
         assert torch.equal(value, less[key]), key
 
 
-@pytest.mark.skipif(backends.unavailable("triton") is not None, reason=str(backends.unavailable("triton")))
+@pytest.mark.parametrize("backend", [devices.by("triton")])
 @pytest.mark.parametrize("name", ["basic-stride2", "bottleneck"])
-def test_by_triton(name: str) -> None:
-    eager = randomise_norms(BLOCKS[name]()).train()
+def test_by_triton(name: str, backend: str) -> None:
+    pytest.importorskip("triton")
+    eager = randomise_norms(BLOCKS[name]()).train().to(devices.DEVICE)
     x = torch.randn(3, next(eager.parameters()).shape[1], 10, 8).contiguous(memory_format=torch.channels_last)
-    plain, *others = (step(rf.fuse(eager, backend="triton", recompute=r), x) for r in (None, *RECOMPUTE))
+    x = x.to(devices.DEVICE)
+    plain, *others = (step(rf.fuse(eager, backend=backend, recompute=r), x) for r in (None, *RECOMPUTE))
     for less in others:
         for key, value in plain.items():
             assert torch.equal(value, less[key]), key

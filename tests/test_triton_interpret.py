@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import devices
 import numpy as np
 import pytest
 import torch
@@ -25,7 +26,7 @@ from resnet_fused.ops.convbn import ConvBNActCall, short_dtype
 from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.cases import CONV_CASES, ConvCase, double
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = devices.DEVICE
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SENTINEL = 777.0
 
@@ -33,7 +34,7 @@ SENTINEL = 777.0
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered"),
     pytest.mark.filterwarnings("ignore:overflow encountered"),
-    pytest.mark.skipif(backends.unavailable("triton") is not None, reason=str(backends.unavailable("triton"))),
+    *devices.PREFERRED,
 ]
 
 
