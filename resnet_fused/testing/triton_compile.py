@@ -63,8 +63,8 @@ class Variant(NamedTuple):
         c = k = 1 if self.ones else 256
         image, size, stride, padding = (1 if self.ones else 28), 1, 1, 0
         if self.shape == "flat":  # fewer channels than a step reads, and a step for every split
-            size = 3 if self.config.split_k == 1 else 7
-            c = 1 if self.ones else self.config.block_k // 2
+            size = 3 if self.config.split_k <= 8 else 7
+            c = 1 if self.ones else self.config.block_k * (4 if self.config.split_k <= 4 else 7) // 8
         elif self.shape == "taps" and self.ones:
             stride = 2
         elif self.shape != "rows":
