@@ -73,9 +73,9 @@ class Variant(NamedTuple):
         padding = size // 2
         n = 1 if self.ones else 2**30 // (c * image * image) + 1 if self.wide else 256
         x = _channels_last(n, c, image * stride, image * stride, self.dtype)
-        vectors = torch.ones(4, k, dtype=self.dtype).unbind()
+        gamma, beta, mean, var = torch.ones(4, k, dtype=self.dtype).unbind()
         weight = torch.zeros(k, c, size, size, dtype=self.dtype).to(memory_format=torch.channels_last)
-        conv = ConvBN(weight, None, *vectors, 1e-5, (stride, stride), (padding, padding))
+        conv = ConvBN(weight, None, gamma, beta, mean, var, 1e-5, (stride, stride), (padding, padding))
         residual = _channels_last(n, k, *conv.output_size(*x.shape[2:]), self.dtype) if self.residual else None
         return ConvBNActCall(x, conv, residual, "relu")
 
