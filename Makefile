@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # Every install is bound by constraints, so that no dependency brings another torch.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS)
 # The same targets with the oldest versions. There a library that does not compile with its CUDA kernels is an error.
-MINIMUM := RESNET_FUSED_CUDA=$${RESNET_FUSED_CUDA:-1} $(MAKE) VENV=$(VENV_MINIMUM) CONSTRAINTS=constraints-minimum.txt
+MINIMUM := $(MAKE) VENV=$(VENV_MINIMUM) CONSTRAINTS=constraints-minimum.txt EXT=$(or $(EXT),1)
 
 .PHONY: help demo test quick triton versions check-minimum check-minimum-quick ext lint bench clean
 
@@ -50,9 +50,10 @@ check-minimum-quick:
 	+$(MINIMUM) quick
 	@$(MINIMUM) --no-print-directory versions
 
-# What has not changed is not compiled again; without nvcc or a compiler one line says so. MAX_JOBS bounds the jobs.
+# What has not changed is not compiled again; without nvcc or a compiler one line says so, with EXT=1 it is an error.
+# MAX_JOBS bounds the jobs.
 ext: $(VENV)/.torch
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+	$(if $(EXT),RESNET_FUSED_CUDA=$(EXT)) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
