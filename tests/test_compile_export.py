@@ -11,6 +11,8 @@ from resnet_fused.testing.networks import randomise_norms
 
 torchvision = optional.torchvision()
 
+pytestmark = pytest.mark.minimum
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():

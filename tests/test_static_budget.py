@@ -23,6 +23,7 @@ def test_every_kernel_is_there(rows: list[Resources]) -> None:
     assert len(rows) == len(kernels) * len(ARCHITECTURES)
 
 
+@pytest.mark.minimum
 def test_nothing_spills(rows: list[Resources]) -> None:
     assert [row for row in rows if row.spill or row.stack] == []
 
@@ -47,6 +48,7 @@ BOTTLENECKS = {
 }
 
 
+@pytest.mark.minimum
 def test_every_kernel_fits(rows: list[Resources]) -> None:
     too_large = {(row.kernel, row.architecture.number) for row in rows if row.blocks == 0}
     numbers = [architecture.number for architecture in ARCHITECTURES]
