@@ -89,9 +89,9 @@ def fuse(
         if found.spec is None or (filter_fn is not None and not filter_fn(name, module)):
             continue
         if isinstance(module, FusedModule):
-            module._fused = dataclasses.replace(module._fused, backend=backend, recompute=recompute)
+            module._rf_state = dataclasses.replace(module._rf_state, backend=backend, recompute=recompute)
         elif found.reason is None and found.fused is not None:
-            adopt(module, found.fused, FusedState(found.spec, backend, recompute=recompute))
+            adopt(module, found.fused, FusedState(found.spec, backend, recompute=recompute, matched=found.matched))
         if isinstance(module, FusedModule) and memory_format is torch.channels_last and found.reason is None:
             assert found.spec is not None
             relayout(module, [conv for conv, _ in pairs_of(module, found.spec)])
@@ -138,17 +138,17 @@ def unfuse(model: M, *, inplace: bool = False) -> M:
     for name, module in list(model.named_modules()):
         if not isinstance(module, FusedModule):
             continue
-        if original_class(module) is None and hasattr(type(module), "_original_class"):
+        if original_class(module) is None and hasattr(type(module), "_rf_original_class"):
             raise RuntimeError(
                 f"model: the class of {name or 'the model'} was changed after fusion, to {type(module).__name__}; "
                 "undo that before unfuse"
             )
-        for parameter, (shape, strides) in module._fused.layouts.items():
+        for parameter, (shape, strides) in module._rf_state.layouts.items():
             restore(module, parameter, shape, strides)
         if original_class(module) is not None:
             release(module)
         else:
-            module._fused = dataclasses.replace(module._fused, layouts={})
+            module._rf_state = dataclasses.replace(module._rf_state, layouts={})
     return model
 
 
@@ -187,7 +187,7 @@ def report(model: nn.Module, *, generic: bool = False) -> FusionReport:
     entries = []
     for name, module, found in _matches(model):
         if isinstance(module, FusedModule):
-            entries.append(_entry(name, module, found, found.reason, module._fused.backend))
+            entries.append(_entry(name, module, found, found.reason, module._rf_state.backend))
         else:
             entries.append(_entry(name, module, found, found.reason or NOT_FUSED, ""))
     if generic or any(isinstance(module, FusedForward) for module in model.modules()):

@@ -41,7 +41,7 @@ def fuse_generic(model: nn.Module, backend: str, filter_fn: Filter | None, memor
         if not plans:
             continue
         if isinstance(module, FusedForward):
-            module._fused = dataclasses.replace(module._fused, backend=backend, plans=plans)
+            module._rf_state = dataclasses.replace(module._rf_state, backend=backend, plans=plans)
         else:
             adopt(module, FusedForward, TracedState(NO_SPEC, backend, plans=plans))
         if memory_format is torch.channels_last:
@@ -59,9 +59,9 @@ def generic_entries(
     entries: dict[str, FusionEntry] = {}
     for name, module in _owners(model, taken):
         fused = module if isinstance(module, FusedForward) else None
-        by = backend or (backends.AUTO if fused is None else fused._fused.backend)
-        planned = {c.name for plan in fused._fused.plans for c in plan.chains} if fused else set()
-        stale = next((r for plan in fused._fused.plans if (r := plan.refusal(module))), None) if fused else None
+        by = backend or (backends.AUTO if fused is None else fused._rf_state.backend)
+        planned = {c.name for plan in fused._rf_state.plans for c in plan.chains} if fused else set()
+        stale = next((r for plan in fused._rf_state.plans if (r := plan.refusal(module))), None) if fused else None
         for item in analyse(module, by).found:
             chain, label = item.chain, _label(name, item.chain)
             conv = None if chain.conv is None else find(module, chain.conv)
@@ -83,7 +83,7 @@ def taken_by(module: nn.Module, spec: BlockSpec) -> set[int]:
     called: list[Any] = [live.lookup(module, path) for paths in spec.extras for path in paths]
     if spec.shortcut is not None:
         shortcut = live.shortcut(live.lookup(module, spec.shortcut))
-        called += shortcut.before if isinstance(shortcut, live.Projection) else [shortcut]
+        called += shortcut.before if isinstance(shortcut, live.Projection) else [shortcut and shortcut.module]
     spare = {id(m) for found in called if isinstance(found, nn.Module) for m in found.modules()}
     return {id(m) for m in module.modules()} - spare
 
@@ -92,7 +92,7 @@ def _owners(model: nn.Module, taken: set[int]) -> Iterator[tuple[str, nn.Module]
     """The modules whose forward may hold chains that no adapter takes."""
     for module in model.modules():
         if isinstance(module, FusedBlock):
-            taken = taken | taken_by(module, module._fused.spec)
+            taken = taken | taken_by(module, module._rf_state.spec)
     for name, module in model.named_modules():
         if id(module) in taken or (isinstance(module, FusedModule) and not isinstance(module, FusedForward)):
             continue

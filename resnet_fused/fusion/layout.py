@@ -14,7 +14,7 @@ from resnet_fused.modules.base import FusedModule
 def relayout(module: FusedModule, convs: Iterable[nn.Module]) -> None:
     """Give the weights of these submodules channels_last strides; note in ``module`` those they had."""
     wanted = {id(conv) for conv in convs}
-    layouts = dict(module._fused.layouts)
+    layouts = dict(module._rf_state.layouts)
     for name, child in module.named_modules():
         weight = child._parameters.get("weight")
         if id(child) not in wanted or weight is None:
@@ -23,8 +23,8 @@ def relayout(module: FusedModule, convs: Iterable[nn.Module]) -> None:
         _set_data(weight, weight.data.contiguous(memory_format=torch.channels_last))
         if weight.stride() != before:
             layouts.setdefault(f"{name}.weight", (tuple(weight.shape), before))
-    module._fused = dataclasses.replace(module._fused, layouts=layouts)
-    module.refresh()
+    module._rf_state = dataclasses.replace(module._rf_state, layouts=layouts)
+    module._rf_refresh()
 
 
 def restore(module: nn.Module, name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
