@@ -87,7 +87,7 @@ def _note(module: nn.Module, spec: BlockSpec) -> str:
         dotted(path)
         for paths in spec.extras
         for path in paths
-        if not live.idle(live.lookup(module, path))
+        if not guards.idle(live.lookup(module, path))
     ]  # fmt: skip
     notes = [f"{', '.join(stays)} stay{'' if len(stays) > 1 else 's'} eager"] if stays else []
     branch = None if spec.shortcut is None else find(module, spec.shortcut)

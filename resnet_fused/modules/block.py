@@ -46,7 +46,7 @@ class FusedBlock(FusedModule):
         x = args[0] if len(args) == 1 and not kwargs else _argument(self, args, kwargs)
         found = _parts(self, x)
         if found is None:
-            return own_forward(self, *args, **kwargs)
+            return own_forward(self, *args, **kwargs)  # type: ignore[no-any-return]
         out = _fused_forward(self, x, found)
         return own_forward(self, *args, **kwargs) if out is None else out
 

@@ -76,7 +76,7 @@ def _steps(layer: nn.Module) -> list[nn.Module]:
     """``layer``, or what it runs in turn, at any depth: a Sequential and all that is in it."""
     if type(layer) is not nn.Sequential:
         return [layer]
-    return [layer, *(step for child in layer._modules.values() for step in _steps(child))]  # type: ignore[arg-type]
+    return [layer, *(step for child in layer._modules.values() for step in _steps(child))]
 
 
 def _apart(module: nn.Module, x: Tensor) -> bool:

@@ -85,7 +85,7 @@ replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.c
 def own_method(cls: type, name: str) -> bool:
     """Whether ``cls`` has the method ``name`` as the source of the class that defines it has it."""
     base = next((base for base in cls.__mro__ if name in vars(base)), None)
-    method = None if base is None else vars(base)[name]
+    method: Any = None if base is None else vars(base)[name]
     if base is None or getattr(method, "__qualname__", None) != f"{base.__qualname__}.{name}":
         return False
     if method.__code__.co_name != name:
@@ -111,24 +111,27 @@ def own_forward(cls: type[nn.Module]) -> bool:
 
 
 # Entries of an instance that make a call of it another one.
-_CALLED = frozenset({
+_CALLED = (
     "forward", "_conv_forward", "_check_input_dim", "_call_impl", "_wrapped_call_impl", "_slow_forward",
     "_compiled_call_impl",
-})  # fmt: skip
+)  # fmt: skip
 
 
 def touched(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its class's forward: hooks, or something replaced on the instance."""
     entries = module.__dict__
-    return bool(
+    if (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or not _CALLED.isdisjoint(entries)
-        or not entries.keys().isdisjoint(entries["_parameters"])
-        or not entries.keys().isdisjoint(entries["_buffers"])
-    )
+    ):  # fmt: skip
+        return True
+    for names in (_CALLED, entries["_parameters"], entries["_buffers"]):
+        for name in names:  # loops, since torch.compile knows no isdisjoint
+            if name in entries:
+                return True
+    return False
 
 
 def touched_reason(module: nn.Module, name: str) -> str:
@@ -178,12 +181,12 @@ def watched() -> str | None:
         return "torch.jit.trace writes it down"  # in aten's ops, so that the file needs nothing of ours
     if torch._C._len_torch_dispatch_stack():
         for i in range(torch._C._len_torch_dispatch_stack()):
-            mode = type(torch._C._get_dispatch_stack_at(i))  # type: ignore[attr-defined]
+            mode = type(torch._C._get_dispatch_stack_at(i))
             if not _is_machinery(mode):
                 return f"the mode {mode.__name__} looks on"
     if torch._C._len_torch_function_stack():
         for i in range(torch._C._len_torch_function_stack()):
-            mode = type(torch._C._get_function_stack_at(i))  # type: ignore[attr-defined]
+            mode = type(torch._C._get_function_stack_at(i))
             if not _is_machinery(mode):
                 return f"the mode {mode.__name__} looks on"
     if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:

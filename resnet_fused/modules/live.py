@@ -142,7 +142,7 @@ def shortcut(module: nn.Module | None) -> Shortcut:
         return None
     steps = [module]
     if type(module) is nn.Sequential and not guards.touched(module):
-        steps = [child for child in module._modules.values() if not idle(child)]  # type: ignore[misc]
+        steps = [child for child in module._modules.values() if not idle(child)]
         if not steps:
             return None
     last = steps[-1]
@@ -152,7 +152,7 @@ def shortcut(module: nn.Module | None) -> Shortcut:
             steps[-1:] = [last._modules[key] for key in PROJECTIONS[name]]  # type: ignore[misc]
     elif name in NORMED_CONVS:
         steps.append(last._modules.get("norm"))  # type: ignore[arg-type]
-    if len(steps) >= 2 and guards.pair_refusal(steps[-2], steps[-1], "", "") is None:  # type: ignore[arg-type]
+    if len(steps) >= 2 and guards.pair_refusal(steps[-2], steps[-1], "", "") is None:
         return Projection(tuple(steps[:-2]), steps[-2], steps[-1])  # type: ignore[arg-type]
     return Called(module, guards.pure(module))
 

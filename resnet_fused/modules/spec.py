@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -57,16 +56,17 @@ class BlockSpec:
     optional: str = "is not None"
     adds: str = ""
 
-    @cached_property
-    def children(self) -> tuple[tuple[Path, tuple[str, ...]], ...]:
-        """Which submodules the forward reads, by the module that it reads them from."""
+    children: tuple[tuple[Path, tuple[str, ...]], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """children: which submodules the forward reads, by the module that it reads them from."""
         found: dict[Path, dict[str, None]] = {}
         paths = [*(keys for both in self.pairs for keys in both), *self.acts, *self.idle]
         paths += [keys for paths in self.extras for keys in paths] + [keys for keys, _ in self.containers]
         for keys in [*paths, *([] if self.shortcut is None else [self.shortcut])]:
             for i, key in enumerate(keys):
                 found.setdefault(keys[:i], {})[key] = None
-        return tuple((owner, tuple(names)) for owner, names in found.items())
+        object.__setattr__(self, "children", tuple((owner, tuple(names)) for owner, names in found.items()))
 
     @classmethod
     def of(cls, convs: str, norms: str, acts: str = "", shortcut: str | None = None, idle: str = "") -> BlockSpec:
