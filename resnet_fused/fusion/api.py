@@ -89,7 +89,7 @@ def fuse(
         if found.spec is None or (filter_fn is not None and not filter_fn(name, module)):
             continue
         if isinstance(module, FusedModule):
-            module._rf_state = dataclasses.replace(module._rf_state, backend=backend, recompute=recompute)
+            module.__dict__["_rf_state"] = dataclasses.replace(module._rf_state, backend=backend, recompute=recompute)
         elif found.reason is None and found.fused is not None:
             adopt(module, found.fused, FusedState(found.spec, backend, recompute=recompute, matched=found.matched))
         if isinstance(module, FusedModule) and memory_format is torch.channels_last and found.reason is None:
@@ -148,7 +148,7 @@ def unfuse(model: M, *, inplace: bool = False) -> M:
         if original_class(module) is not None:
             release(module)
         else:
-            module._rf_state = dataclasses.replace(module._rf_state, layouts={})
+            module.__dict__["_rf_state"] = dataclasses.replace(module._rf_state, layouts={})
     return model
 
 

@@ -41,7 +41,7 @@ def fuse_generic(model: nn.Module, backend: str, filter_fn: Filter | None, memor
         if not plans:
             continue
         if isinstance(module, FusedForward):
-            module._rf_state = dataclasses.replace(module._rf_state, backend=backend, plans=plans)
+            module.__dict__["_rf_state"] = dataclasses.replace(module._rf_state, backend=backend, plans=plans)
         else:
             adopt(module, FusedForward, TracedState(NO_SPEC, backend, plans=plans))
         if memory_format is torch.channels_last:

@@ -23,7 +23,7 @@ def relayout(module: FusedModule, convs: Iterable[nn.Module]) -> None:
         _set_data(weight, weight.data.contiguous(memory_format=torch.channels_last))
         if weight.stride() != before:
             layouts.setdefault(f"{name}.weight", (tuple(weight.shape), before))
-    module._rf_state = dataclasses.replace(module._rf_state, layouts=layouts)
+    module.__dict__["_rf_state"] = dataclasses.replace(module._rf_state, layouts=layouts)
     module._rf_refresh()
 
 

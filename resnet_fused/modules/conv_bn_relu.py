@@ -120,7 +120,7 @@ class FusedStem(FusedModule):
     def _rf_stem_pairs(self, x: Any) -> list[live.Pair] | None:
         """The stem's convolutions and norms, or None when something of it may not be bypassed at the moment."""
         state = self._rf_state
-        if not guards.plain_tensor(x) or x.dim() != 4 or guards.watched() is not None:
+        if not guards.plain_tensor(x) or guards.watched() is not None or x.dim() != 4:
             return None
         found = live.read(self, state.spec, state.matched)
         return None if isinstance(found, str) or parts.output_shape(x.shape, found.pairs[0][0]) is None else found.pairs

@@ -40,11 +40,12 @@ class _Unreadable(Exception):
 @dataclass
 class _Reading:
     """What a forward computes, None where it is not read here; the paths that it calls, in order; and what the global
-    names in it stood for: it holds while they do."""
+    names in it stood for, dotted ones and their beginnings: it holds while they do."""
 
     expression: Expr | None
     order: list[Path]
     names: dict[str, Any]
+    beginnings: dict[str, Any]
 
 
 _READINGS: dict[tuple[CodeType, int], tuple[FunctionType, _Reading]] = {}
@@ -69,7 +70,8 @@ _MOST_READINGS = 1024
 
 
 def _holds(reading: _Reading, scope: dict[str, Any]) -> bool:
-    return all(resolve(scope, tuple(name.split("."))) is value for name, value in reading.names.items())
+    now = all(scope.get(name) is value for name, value in reading.beginnings.items())
+    return now and all(resolve(scope, tuple(name.split("."))) is value for name, value in reading.names.items())
 
 
 def _adapter(module: nn.Module, expression: Expr, reading: _Reading) -> BlockAdapter | None:
@@ -151,7 +153,8 @@ def _expand(module: nn.Module, expression: Expr, containers: list[tuple[Path, in
 
 def _read(function: FunctionType) -> _Reading:
     """What the function computes."""
-    code, reading = function.__code__, _Reading(None, [], {})
+    code, scope = function.__code__, function.__globals__
+    reading = _Reading(None, [], {}, {name: scope[name] for name in code.co_names if name in scope})
     if code.co_freevars or code.co_argcount != 2 or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
         return reading
     try:
