@@ -79,8 +79,8 @@ TRAPS = (
         "test_fusion_traps::test_parts_left_alone test_modules::test_no_running_statistics_means_the_batchs",
         (
             "resnet_fused/modules/guards.py",
-            'if getattr(norm, "running_mean", None) is None or getattr(norm, "running_var", None) is None:',
-            "if False:",
+            'if _tensor(norm, norm._buffers, "running_mean") is None or',
+            "if False and",
         ),
     ),
     trap(

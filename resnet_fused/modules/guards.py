@@ -160,6 +160,10 @@ _MACHINERY = (
 )  # fmt: skip
 
 
+_tracing, _transform = torch._C._get_tracing_state, torch._C._functorch.maybe_current_level
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+
+
 def _is_machinery(cls: type) -> bool:
     return cls.__module__.startswith(_MACHINERY)
 
@@ -177,19 +181,19 @@ def watched() -> str | None:
     if torch.compiler.is_compiling():
         exporting = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
         return "it is written as ONNX, which has no op of ours" if exporting else None
-    if torch._C._get_tracing_state() is not None:
+    if _tracing() is not None:
         return "torch.jit.trace writes it down"  # in aten's ops, so that the file needs nothing of ours
-    if torch._C._len_torch_dispatch_stack():
-        for i in range(torch._C._len_torch_dispatch_stack()):
+    if _dispatch_modes():
+        for i in range(_dispatch_modes()):
             mode = type(torch._C._get_dispatch_stack_at(i))
             if not _is_machinery(mode):
                 return f"the mode {mode.__name__} looks on"
-    if torch._C._len_torch_function_stack():
-        for i in range(torch._C._len_torch_function_stack()):
+    if _function_modes():
+        for i in range(_function_modes()):
             mode = type(torch._C._get_function_stack_at(i))
             if not _is_machinery(mode):
                 return f"the mode {mode.__name__} looks on"
-    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+    if forward_ad._current_level >= 0 or _transform() is not None:
         return "a function transform is at work"
     return None
 
@@ -215,6 +219,12 @@ def is_plain_conv(conv: nn.Module | None) -> bool:
     return name_of(type(conv)) in NORMED_CONVS and known.activation is None and own_forward(type(known))
 
 
+def _tensor(module: nn.Module, tensors: dict[str, Any], name: str) -> Any:
+    """A parameter or buffer; DataParallel's replicas and functional code have plain attributes instead."""
+    found = tensors.get(name)
+    return getattr(module, name, None) if found is None else found
+
+
 def dotted(name: Path | str) -> str:
     return name if isinstance(name, str) else ".".join(name)
 
@@ -237,9 +247,7 @@ def conv_refusal(conv: Any, keys: Path | str) -> str | None:
         return touched_reason(conv, dotted(keys))
     if conv.padding_mode != "zeros":
         return f"{dotted(keys)} has padding_mode={conv.padding_mode!r}, need 'zeros'"
-    weight: Any = conv._parameters.get("weight")
-    if weight is None:
-        weight = getattr(conv, "weight", None)
+    weight = _tensor(conv, conv._parameters, "weight")
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return f"{dotted(keys)}.weight is {getattr(weight, 'dtype', weight)}, need a floating-point dtype"
     if not plain_tensor(weight):
@@ -263,7 +271,7 @@ def norm_refusal(norm: Any, keys: Path | str) -> str | None:
         return f"{dotted(keys)} is {class_name(norm)}, need nn.BatchNorm2d, nn.SyncBatchNorm or FrozenBatchNorm2d"
     if touched(norm):
         return touched_reason(norm, dotted(keys))
-    if getattr(norm, "running_mean", None) is None or getattr(norm, "running_var", None) is None:
+    if _tensor(norm, norm._buffers, "running_mean") is None or _tensor(norm, norm._buffers, "running_var") is None:
         return f"{dotted(keys)} has no running statistics (track_running_stats=False)"
     return None
 
@@ -275,8 +283,8 @@ def pair_refusal(conv: Any, norm: Any, conv_keys: Path | str, norm_keys: Path | 
         return reason
     if type(conv) is not nn.Conv2d and conv._modules.get("norm", norm) not in (None, norm):
         return f"{dotted(conv_keys)} calls a norm of its own before {dotted(norm_keys)}"
-    weight, mean = conv.weight, norm.running_mean
-    if weight.dtype != mean.dtype and weight.device.type == "cpu":
+    weight, mean = _tensor(conv, conv._parameters, "weight"), _tensor(norm, norm._buffers, "running_mean")
+    if weight.dtype is not mean.dtype and weight.device.type == "cpu":
         # The CPU's kernels take weights that the norm was folded into, which rounds where eager does not.
         return f"{dotted(norm_keys)} is {mean.dtype} behind a convolution in {weight.dtype}"
     if type(norm) not in BATCH_NORMS and torch.is_autocast_enabled(weight.device.type):
