@@ -530,3 +530,30 @@ def test_a_change_after_fuse_is_seen(change: str, base: type, mode: str) -> None
     CHANGES[change](fused), CHANGES[change](eager)
     for grad in (False, True):
         same(behaviour(fused, grad), behaviour(eager, grad))
+
+
+@pytest.mark.parametrize("mode", ["eval", "training"])
+def test_a_float32_norm_in_a_bfloat16_block_rounds_where_eager_does(mode: str) -> None:
+    torch.manual_seed(0)
+    block = randomise_norms(Plain())
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d):
+            module.bfloat16()
+    MODES[mode](block)
+    fused, x = rf.fuse(block), torch.randn(2, 8, 6, 6).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(fused(x), copy.deepcopy(block)(x))
+
+
+@pytest.mark.parametrize("mode", ["eval", "training"])
+@pytest.mark.parametrize("base", [Present, NewSum], ids=["in place", "new"])
+def test_a_wide_input_under_autocast_gives_eagers_dtype(base: type, mode: str) -> None:
+    torch.manual_seed(0)
+    block = randomise_norms(base())
+    block.shortcut = nn.Sequential() if base is NewSum else None
+    MODES[mode](block)
+    fused, x = rf.fuse(block, strict=True), torch.randn(2, 8, 6, 6)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours, eagers = fused(x), copy.deepcopy(block)(x)
+    assert ours.dtype == eagers.dtype
+    torch.testing.assert_close(ours, eagers, rtol=0.05, atol=0.05)
