@@ -218,7 +218,7 @@ def test_a_block_is_one_call_of_the_library(kind: str, dtype: torch.dtype, monke
     x = torch.randn(5, channels, 9, 7).to(dtype)
     eager = rf.unfuse(block)
     monkeypatch.setattr(workspace, "LARGEST_BUFFER", 2 * 9 * 7 * 128 * x.element_size())  # two images, two, and one
-    block._fused = dataclasses.replace(block._fused, backend="cpu")
+    block._rf_state = dataclasses.replace(block._rf_state, backend="cpu")
     with torch.no_grad():
         out = block(x)
         exact = copy.deepcopy(eager).double()(x.double())

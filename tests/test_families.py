@@ -191,7 +191,7 @@ def test_calibrated_models_are_tame_on_other_images():
 
 def test_the_survey_sees_a_wrong_answer(monkeypatch):
     wrong = torch.add
-    monkeypatch.setattr(rf.FusedBasicBlock, "_op", staticmethod(lambda x, *a, **k: wrong(x, 1)))
+    monkeypatch.setattr(rf.FusedBasicBlock, "_rf_op", staticmethod(lambda x, *a, **k: wrong(x, 1)))
     row = Row("sample")
     make = lambda: nn.Sequential(torchvision.models.resnet.BasicBlock(3, 3))  # noqa: E731
     add(row, Candidate("wrong", make))

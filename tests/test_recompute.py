@@ -228,9 +228,9 @@ def test_choices_are_checked_and_kept() -> None:
     with pytest.raises(ValueError, match="recompute: got 'all'"):
         rf.fuse(tv.BasicBlock(8, 8), recompute="all")
     block = rf.FusedBasicBlock(8, 8, recompute="last_conv")
-    assert copy.deepcopy(block)._fused.recompute == "last_conv"
-    assert rf.fuse(block)._fused.recompute is None
-    assert rf.FusedBasicBlock.from_block(block, recompute="activations")._fused.recompute == "activations"
+    assert copy.deepcopy(block)._rf_state.recompute == "last_conv"
+    assert rf.fuse(block)._rf_state.recompute is None
+    assert rf.FusedBasicBlock.from_block(block, recompute="activations")._rf_state.recompute == "activations"
 
 
 def test_a_second_derivative_is_refused() -> None:
