@@ -37,25 +37,21 @@ class TensorCore {
     const int row_b = BM + warp_n() * kWarpN + lane % 8 + lane / 16 * 8;
     RF_UNROLL
     for (int pair = 0; pair < ROW_BYTES / 32; ++pair) {
-      uint32_t a[kTilesM][4], b[kTilesN / 2][4];
-      RF_UNROLL
-      for (int i = 0; i < kTilesM; ++i) {
-        load_matrix<4>(a[i], stage + chunk_offset<ROW_BYTES>(row_a + i * 16, pair * 2 + lane / 16));
-      }
+      uint32_t b[kTilesN / 2][4];
       RF_UNROLL
       for (int j = 0; j < kTilesN / 2; ++j) {
         load_matrix<4>(b[j], stage + chunk_offset<ROW_BYTES>(row_b + j * 16, pair * 2 + lane / 8 % 2));
-      }
-      if constexpr (sizeof(T) == 4) {
-        round_all(a);
-        round_all(b);
+        if constexpr (sizeof(T) == 4) round_all(b[j]);
       }
       RF_UNROLL
       for (int i = 0; i < kTilesM; ++i) {
+        uint32_t a[4];
+        load_matrix<4>(a, stage + chunk_offset<ROW_BYTES>(row_a + i * 16, pair * 2 + lane / 16));
+        if constexpr (sizeof(T) == 4) round_all(a);
         RF_UNROLL
         for (int j = 0; j < kTilesN; ++j) {
           const uint32_t fragment_b[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-          mma<T>(sum_[i][j], a[i], fragment_b);
+          mma<T>(sum_[i][j], a, fragment_b);
         }
       }
     }
@@ -79,13 +75,9 @@ class TensorCore {
   RF_DEVICE static int warp_m() { return thread_x() / 32 % GRID_M; }
   RF_DEVICE static int warp_n() { return thread_x() / 32 / GRID_M; }
 
-  template <int COUNT>
-  RF_DEVICE static void round_all(uint32_t (&fragments)[COUNT][4]) {
+  RF_DEVICE static void round_all(uint32_t (&fragment)[4]) {
     RF_UNROLL
-    for (int i = 0; i < COUNT; ++i) {
-      RF_UNROLL
-      for (int j = 0; j < 4; ++j) fragments[i][j] = tf32_bits(fragments[i][j]);
-    }
+    for (int j = 0; j < 4; ++j) fragment[j] = tf32_bits(fragment[j]);
   }
 
   float sum_[kTilesM][kTilesN][4] = {};

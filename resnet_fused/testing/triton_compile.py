@@ -26,14 +26,20 @@ from resnet_fused.ops.convbn import short_dtype
 ARCHITECTURES = (80, 90, 100)
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _CLASSES = ((torch.bfloat16, "tf32"), (torch.float16, "tf32"), (torch.float32, "tf32"), (torch.float32, "ieee"))
-_VECTORS = ("bias", "mean", "var", "gamma", "beta")
+_VECTORS = ("scale", "shift")
+_SHAPES = {
+    "pointer": ["flat", "taps", "rows"],
+    "descriptor": ["3x3s2", "3x3", "1x1"],
+    "window": ["7x7s2", "7x7s2-odd"],
+}
 
 
 class Variant(NamedTuple):
     """One kernel to compile: a config for a dtype, the shape of filter it walks, an architecture.
 
     shape is "rows", "taps" or "flat" for the pointer kernel (conv_pointer's MODE), "1x1", "3x3" or "3x3s2" for the
-    descriptor kernel, "reduce" for the second kernel of split-K.
+    descriptor kernel, "reduce" for the second kernel of split-K, "7x7s2" or "7x7s2-odd" for the window kernel on images
+    of 3 channels: in a row of odd length elements are read one by one.
     """
 
     config: ConvConfig
@@ -154,11 +160,12 @@ _DIVISIBLE = ("C", "K", "x_n", "x_h", "x_w", "weight_k")
 def _specialise(v: Variant) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, the types of its arguments and its constants, as a launch of the variant would give them."""
     from resnet_fused.ops.conv_bn_act import triton_kernels as kernels
+    from resnet_fused.ops.conv_bn_act import triton_window
 
     config, element = v.config, _TYPES[v.dtype]
-    types = {"eps": "fp32", "workspace": "*fp32"}
+    types = {"workspace": "*fp32"}
     types |= dict.fromkeys(("x", "weight", "residual", "out"), f"*{element}") | dict.fromkeys(_VECTORS, "*fp32")
-    constants: dict[str, Any] = {"RELU": True, "PRECISION": v.precision, "WIDE": v.wide, "bias": None}
+    constants: dict[str, Any] = {"RELU": True, "PRECISION": v.precision, "WIDE": v.wide}
     if not v.residual:
         constants["residual"] = None
     if v.shape == "reduce":
@@ -173,6 +180,13 @@ def _specialise(v: Variant) -> tuple[Any, dict[str, str], dict[str, Any]]:
         constants |= dict.fromkeys(("stride_h", "stride_w", "dil_h", "dil_w"), 1)
         if v.ones:
             constants |= dict.fromkeys(("C", "K", "groups", "x_n", "x_h", "x_w", "P", "Q", "steps_per_split"), 1)
+    elif config.kernel == "window":
+        kernel = triton_window.conv_window
+        unit = 1 if v.shape.endswith("odd") else 2
+        constants |= {"R": 7, "SPAN": 24, "LEAD": unit - 1, "TAKE": 21, "UNIT": unit, "dil_h": 1}
+        constants |= {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "GROUP_M": config.group_m}
+        if v.ones:
+            constants |= dict.fromkeys(("K", "x_n", "x_h", "P", "Q", "step_q"), 1)
     else:
         kernel = kernels.conv_descriptor
         size, stride = (1, 1) if v.shape == "1x1" else (3, 2 if v.shape.endswith("s2") else 1)
@@ -205,12 +219,15 @@ def variants(capabilities: Iterable[int] = ARCHITECTURES, thorough: bool = True)
                 continue
             configs = [c for c in cfg.shipped(dtype, precision) if cfg.fits(c, dtype, arch)]
             for config in configs:
-                shapes = ["3x3s2", "3x3", "1x1"] if config.kernel == "descriptor" else ["flat", "taps", "rows"]
+                shapes = _SHAPES[config.kernel]
                 for shape in shapes if thorough else shapes[: 2 if dtype == torch.bfloat16 else 1]:
                     yield Variant(config, dtype, precision, shape, capability)
                 if config.split_k > 1:
                     yield Variant(config, dtype, precision, "reduce", capability)
             if thorough or dtype == torch.bfloat16:
+                stem = next(config for config in configs if config.kernel == "window")
+                yield Variant(stem, dtype, precision, "7x7s2", capability, wide=True)
+                yield Variant(stem, dtype, precision, "7x7s2-odd", capability, residual=False, ones=True)
                 for shape in ("flat", "taps", "rows"):
                     yield Variant(configs[0], dtype, precision, shape, capability, wide=True)
                     yield Variant(configs[0], dtype, precision, shape, capability, residual=False, ones=True)

@@ -49,7 +49,7 @@ class CompiledNorm(NamedTuple):
     def faults(self) -> list[str]:
         """What is wrong with the kernel: spills, or narrow accesses where the layout allows wide ones."""
         found = [f"{self.spills} bytes of spills"] if self.spills else []
-        if self.variant.channels_last and not self.variant.ones and self.variant.kernel != "merge" and not self.vectors:
+        if self.variant.channels_last and not self.variant.ones and not self.vectors:
             found.append("no 16-byte access")
         return found
 
@@ -65,8 +65,10 @@ def compile_variant(variant: NormVariant) -> CompiledNorm:
     kernel: Any = getattr(norm, f"{variant.kernel}_kernel")
     constants: dict[str, Any] = {
         "CHANNELS_LAST": variant.channels_last, "WIDE": variant.wide, "RELU": True, "TRAINING": True,
-        "BM": variant.config.block_m, "BC": norm.MERGE_BLOCK if variant.kernel == "merge" else variant.config.block_c,
+        "BM": variant.config.block_m, "BC": variant.config.block_c,
     }  # fmt: skip
+    if variant.kernel == "merge":
+        constants |= {"BS": norm.MERGE.block_m, "BC": norm.MERGE.block_c}
     if variant.ones:
         constants |= dict.fromkeys(("C", "HW", "splits"), 1)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
