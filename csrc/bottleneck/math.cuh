@@ -61,8 +61,12 @@ struct Affine {
   Vector<float, 4> pairs[4];  // scale, shift, scale, shift
 
   RF_DEVICE explicit Affine(SharedAddress table, int channel) {
+    const SharedAddress from = table + channel * 8;
+    const int swapped = table_at(channel) - channel * 8;
     RF_UNROLL
-    for (int i = 0; i < 4; ++i) pairs[i] = load_shared<Vector<float, 4>>(table + table_at(channel + i * 2));
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = load_shared<Vector<float, 4>>((i % 2 == 0 ? from + swapped : from - swapped) + i * 16);
+    }
   }
   RF_DEVICE float apply(float sum, int i) const {
     return fused_multiply_add(sum, pairs[i / 2].at[i % 2 * 2], pairs[i / 2].at[i % 2 * 2 + 1]);

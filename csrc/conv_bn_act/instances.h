@@ -12,9 +12,9 @@
   X(element##_64x128, element, TensorCore, 64, 128, 64, 2, 2, 4, 8, 3)    \
   X(element##_64x64, element, TensorCore, 64, 64, 128, 2, 2, 3, 8, 4)     \
   X(element##_64x32, element, TensorCore, 64, 32, 128, 4, 1, 3, 8, 5)     \
-  X(element##_64x32_c4, element, TensorCore, 64, 32, 64, 4, 1, 4, 4, 5)   \
+  X(element##_64x32_c4, element, TensorCore, 64, 32, 64, 4, 1, 4, 4, 6)   \
   X(element##_128x64_c1, element, TensorCore, 128, 64, 64, 2, 2, 3, 1, 3) \
-  X(element##_64x32_c1, element, TensorCore, 64, 32, 64, 4, 1, 3, 1, 5)
+  X(element##_64x32_c1, element, TensorCore, 64, 32, 64, 4, 1, 3, 1, 6)
 
 #define RF_CONV_FP32(X)                                            \
   X(tf32_128x128, float, TensorCore, 128, 128, 64, 2, 4, 4, 4, 2)  \

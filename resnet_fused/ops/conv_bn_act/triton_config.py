@@ -163,14 +163,14 @@ DESCRIPTOR_TF32 = (
 WINDOW_HALF = (
     ConvConfig("window", 128, 64, 64, 8, 3),  # the stem of a ResNet
     ConvConfig("window", 64, 64, 64, 4, 3),  # few pixels
-    ConvConfig("window", 128, 32, 64, 4, 3),  # few output channels
+    ConvConfig("window", 64, 32, 64, 4, 3),  # few output channels
 )
 WINDOW_TF32 = (
     ConvConfig("window", 128, 64, 32, 8, 3),
     ConvConfig("window", 64, 32, 32, 4, 3),
 )
 WINDOW_IEEE = (
-    ConvConfig("window", 128, 64, 16, 8, 3),
+    ConvConfig("window", 64, 64, 16, 4, 3),
     ConvConfig("window", 64, 32, 16, 4, 3),
 )
 WINDOW_CHANNELS = 16  # from here on a step of one tap is filled by its channels
