@@ -108,13 +108,12 @@ for cin, mid, stride, project in ((256, 64, 1, 0), (64, 64, 1, 1), (256, 64, 1, 
         constants = triton_config.constants(cin, mid, stride, project, config)
         names = triton_kernel.bottleneck.arg_names
         for name in names:  # what is absent is a constant, as it is in a launch
-            if not project and name in ("wp", "scalep", "shiftp"):
+            if name.startswith("bias") or (not project and name in ("wp", "meanp", "varp", "gammap", "betap")):
                 constants[name] = None
         sizes = ("tiles", "tiles_h", "tiles_w", "h", "w", "p", "q", "x_n", "x_h", "x_w")
-        types = {name: "*fp32" if name.startswith("s") else "i32" if name in sizes else "*bf16" for name in names}
-        types["scratch"] = "*bf16"
+        types = {name: "fp32" if name.startswith("eps") else "i32" if name in sizes else "*bf16" for name in names}
         signature = {name: "constexpr" if name in constants else types[name] for name in names}
-        aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ("x_n", "x_h", "x_w")]
+        aligned = [i for i, name in enumerate(names) if signature[name] == "*bf16" or name in ("x_n", "x_h", "x_w")]
         attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
         source = ASTSource(triton_kernel.bottleneck, signature, constants, attrs)
         options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}

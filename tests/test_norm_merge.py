@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from resnet_fused import backends
 from resnet_fused.ops.batch_norm_act import triton as norm
@@ -23,7 +23,7 @@ def merge(partial: torch.Tensor, running: list[torch.Tensor]) -> list[torch.Tens
     """(mean, 1/√(var + eps)) of each channel by the kernel; the running statistics move."""
     _, splits, channels = partial.shape
     outs = [torch.full((channels,), math.nan, device=DEVICE) for _ in range(2)]
-    norm.merge_kernel[(triton.cdiv(channels, norm.MERGE.block_c),)](
+    norm.merge_kernel[(math.ceil(channels / norm.MERGE.block_c),)](
         partial, *outs, *running, None, ROWS * (splits - 1) + LAST, channels, ROWS, splits, MOMENTUM, EPS,
         BS=norm.MERGE.block_m, BC=norm.MERGE.block_c, num_warps=norm.MERGE.warps,
     )  # fmt: skip

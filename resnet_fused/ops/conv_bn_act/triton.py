@@ -1,8 +1,8 @@
 """conv_bn_act by Triton: implicit GEMM with the whole epilogue fused, on CUDA devices from compute capability 8.0.
 
 x is read where it lies when its channels are adjacent (channels_last, slices of it), else copied once per call; so is
-a weight that is not channels_last. Batch norm is kept between calls as a scale and a shift of each channel, by the rules
-of packed weights. Nothing is measured.
+a weight that is not channels_last. Batch norm is kept between calls as a scale and a shift of each channel, by the
+rules of packed weights. Nothing is measured.
 """
 
 from __future__ import annotations

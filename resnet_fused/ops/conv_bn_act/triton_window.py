@@ -1,9 +1,9 @@
 """conv_bn_act for images of few channels, the stem of a network: the Triton kernel, its weights and its launch.
 
 The S·C terms of a filter row lie next to each other in a row of x, so a step of the reduction reads pieces of rows, not
-channels of one tap. A piece is SPAN terms long, a multiple of 8: in front of the row's own terms lie LEAD others, so that
-it starts at a multiple of UNIT elements for every output pixel and UNIT of them are read at once; what is not the
-filter's is set to zero. The stem of a ResNet (7x7, stride 2, 3 channels) has 21 terms in 24, two at a time.
+channels of one tap. A piece is SPAN terms long, a multiple of 8. In front of the row's own terms lie LEAD others: so it
+starts at a multiple of UNIT elements for every output pixel, and UNIT of them are read at once. What is not the filter's
+is set to zero. The stem of a ResNet (7x7, stride 2, 3 channels) has 21 terms in 24, read two at a time.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
@@ -37,7 +37,7 @@ def conv_window(
     RELU: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Implicit GEMM whose reduction runs over R pieces of SPAN terms; weight is [K, R·SPAN], zero beside its TAKE terms.
+    """Implicit GEMM; its reduction runs over R pieces of SPAN terms. weight is [K, R·SPAN], zero beside its TAKE terms.
 
     In units of UNIT elements: x's strides x_n and x_h, the length ``row`` of its rows, the ``first`` term of the first
     output pixel of a row, and ``step_q`` from one to the next. Grid: tiles.
@@ -55,7 +55,7 @@ def conv_window(
     x_row = m // Q // P * (x_n * UNIT) + h0 * (x_h * UNIT) + e0
 
     acc = tl.zeros((BM, BN), tl.float32)
-    for step in range(0, tl.cdiv(R * SPAN, BK)):
+    for step in range(tl.cdiv(R * SPAN, BK)):
         red = step * BK + tl.arange(0, BK)
         r = red // SPAN
         j = red % SPAN
@@ -118,7 +118,14 @@ def _pad(conv: ConvBN, lead: int, span: int) -> Tensor:
 
 
 def launch(
-    conv: ConvBN, relu: bool, operands: Operands, problem: Problem, config: ConvConfig, wide: bool, tiles: int, out: Tensor
+    conv: ConvBN,
+    relu: bool,
+    operands: Operands,
+    problem: Problem,
+    config: ConvConfig,
+    wide: bool,
+    tiles: int,
+    out: Tensor,
 ) -> None:
     """Write the output ``[N, P, Q, K]``."""
     x, size = operands.x, window(problem)
