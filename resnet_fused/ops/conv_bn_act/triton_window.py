@@ -1,9 +1,9 @@
 """conv_bn_act for images of few channels, the stem of a network: the Triton kernel, its weights and its launch.
 
 The S·C terms of a filter row lie next to each other in a row of x, so a step of the reduction reads pieces of rows, not
-channels of one tap. A piece is SPAN terms long, a multiple of 8. In front of the row's own terms lie LEAD others: so it
-starts at a multiple of UNIT elements for every output pixel, and UNIT of them are read at once. What is not the filter's
-is set to zero. The stem of a ResNet (7x7, stride 2, 3 channels) has 21 terms in 24, read two at a time.
+channels of one tap. A piece is SPAN terms long, a multiple of 8. In front of the row's own terms lie LEAD others: so
+it starts at a multiple of UNIT elements for every output pixel, and UNIT of them are read at once. What is not the
+filter's is set to zero. The stem of a ResNet (7x7, stride 2, 3 channels) has 21 terms in 24, read two at a time.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
