@@ -207,9 +207,11 @@ def _finish(
 ):  # fmt: skip
     """The epilogue of TN x TH x TW pixels by the BN channels from k0."""
     k = k0 + tl.arange(0, BN)
+    if residual is not None:  # in this order: the other way round ptxas spills on compute capability 10.0
+        addend = residual.load([n0, p0, q0, k0]).reshape(TN * TH * TW, BN).to(tl.float32)
     y = _affine(acc, k, k < K, scale, shift)
     if residual is not None:
-        y += residual.load([n0, p0, q0, k0]).reshape(TN * TH * TW, BN).to(tl.float32)
+        y += addend
     if RELU:
         y = _relu(y)
     out.store([n0, p0, q0, k0], y.to(out.dtype).reshape(TN, TH, TW, BN))
