@@ -12,7 +12,10 @@ pytest.importorskip("triton")
 from resnet_fused import backends
 from resnet_fused.ops.batch_norm_act import triton as norm
 
-pytestmark = pytest.mark.skipif(backends.unavailable("triton") is not None, reason=str(backends.unavailable("triton")))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid value encountered"),  # NumPy's, in the interpreter
+    pytest.mark.skipif(backends.unavailable("triton") is not None, reason=str(backends.unavailable("triton"))),
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, LAST, EPS, MOMENTUM = 192, 5, 1e-5, 0.25
