@@ -25,6 +25,7 @@ def test_every_kernel_is_there(rows: list[Resources]) -> None:
     assert len(rows) == len(kernels) * len(ARCHITECTURES)
 
 
+@pytest.mark.minimum
 def test_nothing_spills(rows: list[Resources]) -> None:
     assert [row for row in rows if row.spill or row.stack] == []
 
@@ -91,6 +92,7 @@ def test_the_list_of_convolutions_states_what_the_registers_hold(rows: list[Reso
             assert by_registers == stated[row.kernel], row
 
 
+@pytest.mark.minimum
 def test_every_kernel_fits(rows: list[Resources]) -> None:
     too_large = {(row.kernel, row.architecture.number) for row in rows if row.blocks == 0}
     numbers = [architecture.number for architecture in ARCHITECTURES]

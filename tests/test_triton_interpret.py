@@ -61,6 +61,7 @@ def kinds(call: ConvBNActCall) -> list[ConvConfig]:
     return list(found.values())
 
 
+@pytest.mark.minimum
 @pytest.mark.parametrize("dtype", DTYPES, ids=short_dtype)
 @pytest.mark.parametrize("case", CONV_CASES, ids=ConvCase.id)
 def test_every_case_by_every_kind_of_kernel(case: ConvCase, dtype: torch.dtype) -> None:

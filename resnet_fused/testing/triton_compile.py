@@ -69,8 +69,8 @@ class Variant(NamedTuple):
         c = k = 1 if self.ones else 256
         image, size, stride, padding = (1 if self.ones else 28), 1, 1, 0
         if self.shape == "flat":  # fewer channels than a step reads, and a step for every split
-            size = 3 if self.config.split_k == 1 else 7
-            c = 1 if self.ones else self.config.block_k // 2
+            size = 3 if self.config.split_k <= 8 else 7
+            c = 1 if self.ones else self.config.block_k * (4 if self.config.split_k <= 4 else 7) // 8
         elif self.shape == "taps" and self.ones:
             stride = 2
         elif self.config.kernel == "window":
@@ -81,9 +81,9 @@ class Variant(NamedTuple):
         padding = size // 2
         n = 1 if self.ones else 2**30 // (c * image * image) + 1 if self.wide else 256
         x = _channels_last(n, c, image * stride, image * stride + self.shape.endswith("-odd"), self.dtype)
-        vectors = torch.ones(4, k, dtype=self.dtype).unbind()
+        gamma, beta, mean, var = torch.ones(4, k, dtype=self.dtype).unbind()
         weight = torch.zeros(k, c, size, size, dtype=self.dtype).to(memory_format=torch.channels_last)
-        conv = ConvBN(weight, None, *vectors, 1e-5, (stride, stride), (padding, padding))
+        conv = ConvBN(weight, None, gamma, beta, mean, var, 1e-5, (stride, stride), (padding, padding))
         residual = _channels_last(n, k, *conv.output_size(*x.shape[2:]), self.dtype) if self.residual else None
         return ConvBNActCall(x, conv, residual, "relu")
 

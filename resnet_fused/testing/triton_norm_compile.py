@@ -55,7 +55,7 @@ def vectors(kernel: Binary) -> int:
 
 
 def compile_variant(variant: NormVariant) -> list[Binary]:
-    """Launch a forward pass in training mode, a backward pass and a sum, as a user's would be; tensors are not there."""
+    """Launch a forward pass in training mode, a backward pass and a sum, as a user's would be."""
     from resnet_fused.ops.add_relu import triton as add_relu
     from resnet_fused.ops.batch_norm_act import triton as norm
 
