@@ -105,7 +105,7 @@ class Block {
         } else {
           next_weights();
         }
-        const int down = tap / 3, right = tap % 3;
+        const int down = tap / 3, right = tap - down * 3;
         const int key = halo_key(lane() + halo_index(down, right), right);
         const SharedAddress shift =
             slice * Tile::kHiddenSlice + chunk_at(down * Tile::kHaloW + right, lane() / 16, key);

@@ -62,7 +62,7 @@ struct Affine {
 
   RF_DEVICE explicit Affine(SharedAddress table, int channel) {
     const SharedAddress from = table + channel * 8;
-    const int swapped = table_at(channel) - channel * 8;
+    const int swapped = (thread_x() >> 1 & 1) << 4;  // table_at: a lane's channels begin at 8·(lane%4) of 32
     RF_UNROLL
     for (int i = 0; i < 4; ++i) {
       pairs[i] = load_shared<Vector<float, 4>>((i % 2 == 0 ? from + swapped : from - swapped) + i * 16);
