@@ -106,6 +106,7 @@ float channel_energy(const Problem& p, int64_t tile) {
 
 bool balanced(const Problem& p, bool bf16, Energies* energies) {
   const int64_t pixels = p.images * p.height * p.width, rows = p.images * down(p);
+  if (pixels * p.channels == 0) return true;
   const Tensor memory = torch::stable::empty({pixels}, ScalarType::Float);
   float* const energy = static_cast<float*>(memory.data_ptr());
   torch::stable::parallel_for(0, pixels, divide_up(kElements, p.channels), [&](int64_t begin, int64_t end) {

@@ -53,6 +53,7 @@ inline void copy(Element* to, const Element* from, Index count, const Element* e
 // Elements [begin, begin + count) of each window, side by side. Where taps lie side by side in the image (no dilation
 // along it), a row of the filter is one run of elements; else each tap is one.
 void copy_windows(const Problem& p, const Window* windows, Index pixels, Index begin, Index count, Element* to) {
+  if (count == 0) return;
   const bool adjacent = p.dilate_width == 1;
   const Index across = adjacent ? 1 : p.kernel_width, length = (adjacent ? p.kernel_width : 1) * p.channels;
   const Element* const end = static_cast<const Element*>(p.x) + p.images * p.height * p.width * p.channels;

@@ -30,7 +30,7 @@ bool convolve(const Problem& problem, bool bf16, const Kernel& kernel) {
   const int64_t tiles = problem.images * divide_up(problem.out_height, 2) * divide_up(problem.out_width, 2);
   const int64_t panels = problem.out_channels / kPanel, threads = torch::stable::get_num_threads();
   if (tiles == 0 || panels == 0) return true;
-  if (problem.channels > 0 && !balanced(problem, bf16, kernel.energies)) return false;
+  if (!balanced(problem, bf16, kernel.energies)) return false;
   // As many blocks for every thread, of about one size; too few of them, and the output channels are shared out too.
   int64_t blocks = divide_up(tiles, kTiles);
   if (blocks >= threads) blocks = divide_up(blocks, threads) * threads;
