@@ -23,7 +23,7 @@ def test_values(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None
     want = F.relu(a + b)
     for name in [n for n in backends.NAMES if backends.refusal("add_relu", n, AddReLUCall(a, b)) is None]:
         out = functional.add_relu(a, b, backend=name)
-        assert_within_budget(out, want, F.relu(a.double() + b.double()))
+        assert_within_budget(out, want, F.relu(a.double() + b.double()), tf32=False)
         assert out.stride() == want.stride()
 
 

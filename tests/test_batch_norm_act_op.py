@@ -119,6 +119,7 @@ def test_autocast(backend: str) -> None:
     assert out.dtype == want.dtype == torch.float32
 
 
+@pytest.mark.minimum
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_as_one_graph(training: bool, backend: str) -> None:

@@ -80,6 +80,7 @@ def test_other_blocks_are_refused() -> None:
     assert cuda.kernel_for(projected, SM90, 132)[1] == "the shortcut is not a 1x1 convolution with the block's stride"
 
 
+@pytest.mark.minimum
 def test_on_the_cpu_it_says_why_not() -> None:
     assert cuda.supports(make(256, 64, False)) == "its kernels run on CUDA devices, x is on cpu"
     assert not block.one_kernel("bottleneck", make(256, 64, False), "cuda")

@@ -9,6 +9,8 @@ import resnet_fused as rf
 from resnet_fused.testing.networks import randomise_norms
 from resnet_fused.testing.torchvision_compat import import_torchvision
 
+pytestmark = pytest.mark.minimum
+
 torchvision = import_torchvision()
 
 

@@ -68,6 +68,7 @@ def assert_right(call: ConvBNActCall, backend: str) -> None:
     assert significant(out) == significant(eager)
 
 
+@pytest.mark.minimum
 @pytest.mark.parametrize("channels_last", [True, False], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONV_CASES + RESNET_CASES, ids=ConvCase.id)

@@ -67,6 +67,7 @@ def assert_right(call: ConvBNActCall, out: Tensor) -> None:
     assert_within_budget(out, reference.run(call), reference.run(double(call)), other)
 
 
+@pytest.mark.minimum
 @pytest.mark.parametrize(
     ("way", "case"), CASES, ids=lambda v: v.id() if isinstance(v, ConvCase) else f"{v[0].name}-{v[2]}"
 )
@@ -347,6 +348,7 @@ def projection(inputs: int, outputs: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
+@pytest.mark.minimum
 @pytest.mark.parametrize("dtype", list(dict.fromkeys(way[1] for way in WAYS)), ids=str)
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_a_block_is_one_call_of_the_library(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,7 @@ def test_autocast(recompute: str) -> None:
         torch.testing.assert_close(ours[key], value, rtol=0, atol=0)
 
 
+@pytest.mark.minimum
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_compiles_as_one_graph(recompute: str) -> None:
     block = rf.fuse(randomise_norms(BLOCKS["basic"]()).train(), recompute=recompute)

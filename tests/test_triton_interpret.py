@@ -61,6 +61,7 @@ def kinds(call: ConvBNActCall) -> list[ConvConfig]:
     return list(found.values())
 
 
+@pytest.mark.minimum
 @pytest.mark.parametrize("dtype", DTYPES, ids=short_dtype)
 @pytest.mark.parametrize("case", CONV_CASES, ids=ConvCase.id)
 def test_every_case_by_every_kind_of_kernel(case: ConvCase, dtype: torch.dtype) -> None:
@@ -285,7 +286,7 @@ def test_offsets_pass_two_to_the_31(kernel: int, monkeypatch: pytest.MonkeyPatch
 
 def test_large_outputs_take_wide_offsets() -> None:
     x = torch.empty(1, device="meta").expand(1, 1, 1, 8)
-    operands = triton.Operands(x, x, None, ())
+    operands = triton.Operands(x, x, None, x, x)
     out = torch.empty(1, device="meta").expand(2**27, 8)
     assert not triton._wide(operands, out, 1)
     assert triton._wide(operands, out, 2)

@@ -100,9 +100,8 @@ def register(name: str, depth: int) -> Callable[[BlockCall, str], Tensor]:
         if library.goes_straight(call.x, call.tensors()):
             return _compute(name, call, backend)
         flat: list[Any] = [call.x]
-        for conv in call.convs:
-            flat += conv
-        flat += _NO_CONV if call.shortcut is None else call.shortcut
+        for conv in (*call.convs, _NO_CONV if call.shortcut is None else call.shortcut):
+            flat += [*conv]  # Dynamo of torch 2.11 adds lists to lists alone
         return op(*flat, call.identity, backend)  # type: ignore[no-any-return]
 
     def kernel(*args: Any) -> Tensor:

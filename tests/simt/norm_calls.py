@@ -92,6 +92,7 @@ def _run(
             found[name] = simt_harness.from_bytes(raw, torch.float32 if given is None else given.dtype)
     if text.startswith("refused"):
         raise ValueError(text)
+    assert "bank conflicts 0\n" in text, text
     return text, found
 
 

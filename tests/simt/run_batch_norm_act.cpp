@@ -69,6 +69,7 @@ void run_batch_norm_act(Request& request) {
   if (element == Element::kBF16) run<rf::bf16>(plan, operation, HostLauncher{});
   if (element == Element::kFP16) run<rf::fp16>(plan, operation, HostLauncher{});
   if (element == Element::kFP32) run<float>(plan, operation, HostLauncher{});
+  banks().print();
   for (const std::string& name : written) request.save(name);
 }
 

@@ -56,7 +56,7 @@ void run_bottleneck(Request& request) {
   } else {
     run_part<rf::fp16, Element::kFP16>(plan, HostLauncher{});
   }
-  std::printf("bank conflicts %llu\n", static_cast<unsigned long long>(bank_conflicts()));
+  banks().print();
   request.save("out");
 }
 

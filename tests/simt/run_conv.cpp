@@ -74,6 +74,7 @@ void run_conv(Request& request) {
   std::printf("kernel %s grid %u %u splits %d vector_out %d\n", rf::conv::info(plan.kernel).name, plan.grid_x,
               plan.grid_z, plan.args.splits, plan.args.vector_out);
   rf::conv::run(plan, HostLauncher{});
+  banks().print();
   request.save("out");
 }
 

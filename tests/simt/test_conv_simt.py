@@ -40,6 +40,7 @@ def check(call: ConvBNActCall, kind: str, options: Options, expect: str = "") ->
     options.precision = "ieee" if kind == "ieee" else "tensor"
     text, out = conv_calls.run(call, options)
     assert expect in text, text
+    assert "bank conflicts 0\n" in text, text
     eager_call = call
     if kind == "tf32":
         weight = conv_calls.round_tf32(call.conv.weight)

@@ -32,6 +32,23 @@ def test_sound_kernels_pass() -> None:
     simt_harness.call("planted", "sound")
 
 
+def test_bank_conflicts_are_counted_by_width() -> None:
+    """By hand: turns beyond the first of each 128 bytes that a warp asks for; two warps in each line."""
+    found = list(map(int, simt_harness.call("planted", "banks").split()))
+    assert found == [
+        0,  # float after float
+        2,  # every other word: two words of each bank
+        2 * 31,  # all lanes in one bank
+        0,  # pairs: half a warp at a time
+        2 * 2,  # pairs 16 bytes apart
+        0,  # fours: a quarter of a warp at a time
+        2 * 4,  # fours 32 bytes apart, as in an epilogue of half types
+        0,  # two halves of a word
+        0,  # all lanes ask for one word
+        2 * 4,  # ldmatrix: each of four matrices has its eight rows 32 bytes apart
+    ]
+
+
 @pytest.mark.parametrize("name", RUNTIME_FAULTS)
 def test_planted_fault_is_found(name: str) -> None:
     with pytest.raises(simt_harness.RunnerError, match=RUNTIME_FAULTS[name]) as error:
