@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "common/primitives.cuh"
-#include "run.h"
+#include "host.h"
 
 namespace simt {
 
