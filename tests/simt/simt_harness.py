@@ -170,7 +170,9 @@ class Process:
 _processes: dict[Path, Process] = {}
 
 
-def call(op: str, *arguments: object, shift: dict[int, int] | None = None, apart: bool = False, **settings: int) -> Answer:
+def call(
+    op: str, *arguments: object, shift: dict[int, int] | None = None, apart: bool = False, **settings: int
+) -> Answer:
     """Call ``op`` ("namespace::name"). Every tensor among ``arguments`` is copied into a block of exactly its extent, so
     that the sanitizer sees every access past its end.
 

@@ -13,7 +13,13 @@ from torch import Tensor
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 Request = tuple[str, tuple[Any, ...], dict[int, int], dict[str, int], bool]
-DEFAULTS = {"seed": 0, "multiprocessors": 2, "shared_block": 227 << 10, "shared_multiprocessor": 228 << 10, "shifted": 0}
+DEFAULTS = {
+    "seed": 0,
+    "multiprocessors": 2,
+    "shared_block": 227 << 10,
+    "shared_multiprocessor": 228 << 10,
+    "shifted": 0,
+}
 
 
 def main(library: str) -> None:
