@@ -98,7 +98,7 @@ def add_relu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
         ValueError, TypeError: shapes, dtypes or devices differ; the message names the argument.
         BackendError: the named backend cannot run this call.
     """
-    return _add_relu.OP(a, b, backends.check_name(backend))  # type: ignore[no-any-return]
+    return _add_relu.call_op(a, b, backends.check_name(backend))
 
 
 def batch_norm_act(

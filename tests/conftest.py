@@ -40,6 +40,19 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _packs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Weights are packed at their first call, so that one call tests the kernels; where a test is of the waiting
+    itself, ``pytest.mark.waits`` says so."""
+    from resnet_fused.ops import packed
+
+    if request.node.get_closest_marker("waits"):
+        yield
+        return
+    with packed.at_once():
+        yield
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For tensors this small more threads only wait for one another."""

@@ -19,7 +19,7 @@ def warmup(model: nn.Module, *args: Any, **kwargs: Any) -> None:
 
     Equivalent to::
 
-        with torch.no_grad():
+        with torch.no_grad(), packed.at_once():
             model(*args, **kwargs)
 
     Raises:

@@ -19,7 +19,7 @@ from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, Shape, check_addend, check_conv, check_input, short_dtype
 from resnet_fused.ops.layout import eager_strides, with_strides
 from resnet_fused.ops.schemas import SCHEMAS
-from resnet_fused.ops.tensor_cache import TensorCache
+from resnet_fused.ops.tensor_cache import CACHE
 from resnet_fused.tuning import lookup
 
 _FIELDS = len(ConvBN._fields)
@@ -97,6 +97,8 @@ def register(name: str, depth: int) -> Callable[[BlockCall, str], Tensor]:
         return BlockCall(args[0], tuple(convs), None if shortcut.weight is None else shortcut, args[-2])
 
     def call_op(call: BlockCall, backend: str) -> Tensor:
+        if library.transformed():
+            return chain_of_ops(call, backend)
         if library.goes_straight(call.x, call.tensors()):
             return _compute(name, call, backend)
         flat: list[Any] = [call.x]
@@ -116,8 +118,7 @@ def register(name: str, depth: int) -> Callable[[BlockCall, str], Tensor]:
 
     def autograd(*args: Any) -> Tensor:
         """Where a gradient is recorded the block is the chain of differentiable ops; else the op itself."""
-        recording = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        if recording:
+        if library.records(args) or library.transformed():
             return chain_of_ops(unpack(args), args[-1])
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)  # type: ignore[no-any-return]
@@ -157,7 +158,7 @@ class _Plan(NamedTuple):
     strides: tuple[int, ...]
 
 
-_PLANS: TensorCache[dict[Any, _Plan]] = packed.new_cache()
+_PLANS = packed.new_kind()
 _PLANS_PER_BLOCK = 8
 
 
@@ -172,7 +173,13 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
         return with_strides(run(call), eager_strides(_eager, x, (*call.convs, call.shortcut), identity))
     convs = call.convs if call.shortcut is None else (*call.convs, call.shortcut)
     tensors = call.tensors()[1:]
-    plans = _PLANS.get(tensors, (name, call.shortcut is None, *[conv[6:] for conv in convs]), dict)
+    kind = (name, call.shortcut is None, *[conv[6:] for conv in convs])
+    plans = CACHE.find(_PLANS, tensors, kind)
+    if plans is None:
+        if backend == backends.AUTO and not packed.settled(tensors):
+            check_block(call)
+            return run_chain(call, reference.run)
+        plans = CACHE.get(_PLANS, tensors, kind, dict)
     switches = (torch._C._get_mkldnn_enabled(), torch.get_num_threads())  # each number of threads has its own table
     key: tuple[Any, ...] = (backend, x.shape, x.stride(), x.dtype, switches)
     if identity is not None:
@@ -211,8 +218,6 @@ def _whole(name: str, call: BlockCall, backend: str) -> Callable[[BlockCall], Te
             return _bind(server, call)
         candidates = ("cpu", "onednn") if call.x.device.type == "cpu" else ()
     for candidate in candidates:
-        if candidate in ("cpu", "onednn") and not packed.lasting(call.convs[0]):
-            continue
         if backends.refusal(name, candidate, call) is None:
             return _bind(backends.choose(name, call, candidate, ()), call)
         if backends.implementation("conv_bn_act", candidate) is None:

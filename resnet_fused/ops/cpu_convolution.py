@@ -36,7 +36,8 @@ class Method(enum.IntEnum):
     WINOGRAD = 1
 
 
-_CACHES = {method: packed.new_cache() for method in Method}
+_KINDS = {method: packed.new_kind() for method in Method}
+_FINITE = packed.new_kind()
 
 
 def refused(x: Tensor, conv: ConvBN) -> str | None:
@@ -52,7 +53,13 @@ def refused(x: Tensor, conv: ConvBN) -> str | None:
         reason = f"its kernels need output channels in multiples of {_PANEL}, got {conv.weight.shape[0]}"
     if reason is None and x.dtype == torch.bfloat16 and not instructions(bf16=True):
         reason = "its bfloat16 kernels need AVX512_BF16, which this CPU lacks"
+    if reason is None and any(conv.padding) and not packed.packed(_FINITE, conv, _finite):
+        reason = "its kernels multiply padding by the weights, as eager does not, and some of these are not finite"
     return reason
+
+
+def _finite(conv: ConvBN) -> bool:
+    return bool(conv.weight.sum(dtype=torch.float32).isfinite())
 
 
 @functools.cache
@@ -97,7 +104,7 @@ class Convolution:
     def __init__(self, conv: ConvBN, method: Method, isa: str = "") -> None:
         self._fields = [weakref.ref(field) if isinstance(field, Tensor) else field for field in conv]
         self._isa = isa
-        self.packed: list[Tensor] = packed.packed(_CACHES[method], conv, _PREPARE[method])
+        self.packed: list[Tensor] = packed.packed(_KINDS[method], conv, _PREPARE[method])
         self.geometry = [int(method), *conv.weight.shape[2:], *conv.stride, *conv.padding, *conv.dilation]
 
     def __call__(self, x: Tensor, residual: Tensor | None, act: str, out: Tensor | None = None) -> Tensor:

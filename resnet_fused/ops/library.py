@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from resnet_fused.ops.tensor_cache import TensorCache
+from resnet_fused.ops import packed
+from resnet_fused.ops.tensor_cache import CACHE
 
 LIBRARY = torch.library.Library("resnet_fused", "DEF")
 
@@ -73,6 +75,21 @@ def goes_straight(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     return not keys.raw_repr() & ~_PLAIN_KEYS and _PLAIN_TYPES.issuperset(map(type, tensors))
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode derivatives are at work: aten's own operations have rules for all of them."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def records(args: Iterable[Any]) -> bool:
+    """Whether a gradient is recorded through a call with these arguments. Those on a GPU that get one are likely to be
+    written soon, in ways that nobody counts: what was derived from them is dropped."""
+    wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad] if torch.is_grad_enabled() else []
+    packed.drop(a for a in wanted if a.device.type != "cpu")
+    return bool(wanted)
+
+
 def eager_form(op: Any) -> Callable[..., Any]:
     """The function of aten operations that ``op``, an overload of ours, stands for; for meta and fake tensors."""
     return _FAKES[op._schema.name.removeprefix("resnet_fused::")]
@@ -105,12 +122,17 @@ def _autocast_kernel(rule: Callable[..., Any], device_type: str, key: str) -> Ca
     return kernel
 
 
-_CASTS: TensorCache[Tensor] = TensorCache()
+_CASTS = CACHE  # with all else that is derived from weights
+_CAST = packed.new_kind()
 
 
 def cast_parameter(cast: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
     """``cast(weight)``, remembered where no gradient is recorded, so that what is packed from it is found again."""
+    dtype = torch.get_autocast_dtype(weight.device.type)
     recording = weight.requires_grad and torch.is_grad_enabled()
-    if recording or type(weight) not in (Tensor, torch.nn.Parameter):  # fake and functional tensors are not kept
+    if recording or weight.dtype == dtype or transformed() or type(weight) not in (Tensor, torch.nn.Parameter):
         return cast(weight)
-    return _CASTS.get((weight,), torch.get_autocast_dtype(weight.device.type), lambda: cast(weight))
+    kept = _CASTS.find(_CAST, (weight,), dtype)
+    if kept is None and packed.settled((weight,)):
+        kept = _CASTS.get(_CAST, (weight,), dtype, lambda: packed.outside_of_modes(cast, weight))
+    return cast(weight) if kept is None else kept

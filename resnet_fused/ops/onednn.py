@@ -10,7 +10,7 @@ from torch import Tensor
 from resnet_fused.ops import packed
 from resnet_fused.ops.convbn import ConvBN
 
-_CACHE = packed.new_cache()
+_KIND = packed.new_kind()
 
 
 def refused(x: Tensor, *convs: ConvBN | None) -> str | None:
@@ -52,7 +52,7 @@ class Convolution:
     """
 
     def __init__(self, conv: ConvBN) -> None:
-        self._prepared: _Prepared = packed.packed(_CACHE, conv, _Prepared)
+        self._prepared: _Prepared = packed.packed(_KIND, conv, _Prepared)
         self._geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
 
     def linear(self, x: Tensor, residual: Tensor | None = None, *, into_residual: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights in the form that a backend wants (folded, reordered), kept by the rules of TensorCache.
+"""Weights in the form that a backend wants (folded, reordered, cast), kept by the rules of TensorCache.
 
 oneDNN and cuDNN need them, since they cannot read batch norm in their epilogue, and so do the kernels for the CPU,
 whose filters lie in an order of their own.
@@ -6,41 +6,49 @@ whose filters lie in an order of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from resnet_fused.ops.convbn import ConvBN
-from resnet_fused.ops.tensor_cache import TensorCache
+from resnet_fused.ops.tensor_cache import CACHE, Tensors
 
-CACHES: list[TensorCache[Any]] = []
-
-
-def new_cache() -> TensorCache[Any]:
-    """A cache that :func:`drop` and :func:`clear` reach."""
-    cache: TensorCache[Any] = TensorCache()
-    CACHES.append(cache)
-    return cache
+_at_once = 0
 
 
-def drop(tensors: tuple[Tensor | None, ...]) -> None:
-    """Forget what was packed from any of ``tensors``: needed after a write through ``.data``, which leaves no trace."""
-    for cache in CACHES:
-        cache.drop(tensors)
+def new_kind() -> Hashable:
+    """What tells the values of one maker from those of another in the cache."""
+    return object()
+
+
+def drop(tensors: Iterable[Tensor | None]) -> None:
+    """Forget what was derived from any of ``tensors``."""
+    CACHE.drop(tensors)
 
 
 def clear() -> None:
-    """Forget all packed weights."""
-    for cache in CACHES:
-        cache.clear()
+    """Forget everything that was derived from weights."""
+    CACHE.clear()
 
 
-def lasting(conv: ConvBN) -> bool:
-    """Whether what is packed from ``conv`` can be kept. Tensors made in inference mode do not tell when they are
-    written to: their weights would be packed on every call, at a cost that eager does not have."""
-    return not conv.weight.is_inference()
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Pack weights when they are first seen, instead of waiting whether they stay."""
+    global _at_once
+    _at_once += 1
+    try:
+        yield
+    finally:
+        _at_once -= 1
+
+
+def settled(tensors: Tensors) -> bool:
+    """Whether to pack what ``backend="auto"`` computes with: once these weights were seen to stay from one call to the
+    next. Packing weights that are new at each call would cost more than it saves."""
+    return _at_once > 0 or CACHE.settled(tensors)
 
 
 def fold(conv: ConvBN) -> tuple[Tensor, Tensor]:
@@ -69,11 +77,12 @@ def affine(conv: ConvBN, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return scale, bias
 
 
-def packed(cache: TensorCache[Any], conv: ConvBN, build: Callable[[ConvBN], Any]) -> Any:
-    """``build(conv)`` from the cache, made outside of autograd and inference mode so that any later mode can use it."""
+def packed(kind: Hashable, conv: ConvBN, build: Callable[[ConvBN], Any]) -> Any:
+    """``build(conv)`` from the cache, made so that any later mode can use it."""
+    return CACHE.get(kind, conv.tensors(), conv[6:], lambda: outside_of_modes(build, conv))
 
-    def make() -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            return build(conv)
 
-    return cache.get(conv.tensors(), conv[6:], make)
+def outside_of_modes(build: Callable[..., Any], *args: Any) -> Any:
+    """``build(*args)`` outside of autograd and of inference mode, whose tensors no call with gradients may use."""
+    with torch.inference_mode(False), torch.no_grad():
+        return build(*args)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from resnet_fused.fusion import FusionEntry, report
 from resnet_fused.modules.conv_bn_relu import FusedStem
 from resnet_fused.modules.spec import BlockSpec
+from resnet_fused.ops import packed
 from resnet_fused.testing.budget import Error, measure
 
 
@@ -49,6 +50,7 @@ class Verdict:
 
 
 @torch.no_grad()
+@packed.at_once()
 def check(
     name: str, kind: str, backend: str, eager: nn.Module, fused: Callable[..., Any], inputs: tuple[Any, ...]
 ) -> Verdict:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.fusion import fuse, report, unfuse
+from resnet_fused.ops import packed
 from resnet_fused.testing.budget import measure
 from resnet_fused.testing.compare import flatten
 from resnet_fused.testing.family_models import FAMILIES, Candidate
@@ -72,6 +73,7 @@ def survey(names: Iterable[str] = FAMILIES, limit: int | None = None) -> Iterato
 
 
 @torch.no_grad()
+@packed.at_once()
 def add(row: Row, candidate: Candidate) -> None:
     """Fuse one model, compare everything with eager, and count it in ``row``.
 

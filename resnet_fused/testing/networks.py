@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.ops import packed
 from resnet_fused.testing.budget import Error, measure
 
 M = TypeVar("M", bound=nn.Module)
@@ -36,7 +37,7 @@ def compare(fused: nn.Module, eager: nn.Module, x: Tensor) -> Error:
 
     Eager's error counts in either memory format, as in :func:`resnet_fused.testing.budget.measure`.
     """
-    with torch.no_grad():
+    with torch.no_grad(), packed.at_once():
         reference = copy.deepcopy(eager).double()(x.double())
         other = copy.deepcopy(eager).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return measure(fused(x), eager(x), reference, other(x.contiguous(memory_format=torch.channels_last)))

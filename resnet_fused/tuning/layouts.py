@@ -11,7 +11,7 @@ from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall
 from resnet_fused.tuning.lookup import LAYOUTS
 
-_CACHES = {name: packed.new_cache() for name in LAYOUTS}
+_KINDS = {name: packed.new_kind() for name in LAYOUTS}
 
 
 def configs(call: Any) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ def _conv(conv: ConvBN, name: str) -> ConvBN:
     layout = LAYOUTS[name]
     if conv.weight.is_contiguous(memory_format=layout):
         return conv
-    weight = packed.packed(_CACHES[name], conv, lambda c: c.weight.contiguous(memory_format=layout))
+    weight = packed.packed(_KINDS[name], conv, lambda c: c.weight.contiguous(memory_format=layout))
     return conv._replace(weight=weight)
 
 

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from resnet_fused.ops import packed
 from resnet_fused.tuning import environment, table
 from resnet_fused.tuning.table import Entry
 
 OPS = ("conv_bn_act", "add_relu", "basic_block", "bottleneck")
 CHAIN = "chain"  # a block, convolution by convolution
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-_PASSING = object()  # weights of inference mode: nothing packed from them lasts, so no measured time holds
 _ALIGNMENT = 16  # bytes: tensors that are measured start at a multiple of it
 
 Recorder = Callable[[str, Any], None]
@@ -75,16 +75,13 @@ def find(op: str, call: Any) -> Found | None:
 
 
 def key(op: str, call: Any) -> str | None:
-    """The call's place in a table; None for tensors that are neither contiguous nor channels_last, and for weights
-    made in inference mode: no table has those.
+    """The call's place in a table; None for tensors that are neither contiguous nor channels_last: no table has those.
 
     Tensors of two dimensions or more stand there with dtype, shape and layout, and integers and names as they are.
     The values of vectors, and numbers such as eps, do not decide how fast a call is.
     """
     words = [op, _flags(call[0].device)]
     for fact in _facts(call):
-        if fact is _PASSING:
-            return None
         if isinstance(fact, tuple):
             shape, stride, dtype = fact
             layout = _layout(shape, stride)
@@ -112,16 +109,14 @@ def aligned(call: Any) -> bool:
     return True
 
 
-def _facts(call: Any, weights: bool = False) -> list[Any]:
+def _facts(call: Any) -> list[Any]:
     facts: list[Any] = []
     for value in call:
         if isinstance(value, Tensor):
             if value.dim() > 1:
                 facts.append((value.shape, value.stride(), value.dtype))
-                if weights and value.is_inference():
-                    facts.append(_PASSING)
         elif isinstance(value, (tuple, list)):
-            facts += _facts(value, weights=True)
+            facts += _facts(value)
         elif value is None:
             facts.append("-")
         elif not isinstance(value, float):
@@ -193,8 +188,6 @@ def _of_weights(text: str) -> list[str]:
 def forget() -> None:
     """Read the tables anew at the next call, and choose anew for every call."""
     global _tables, _found
-    from resnet_fused.ops import packed
-
     _tables, _found = {}, {}  # not emptied: another thread may still be writing what it read in the old ones
     packed.clear()  # among others, what was chosen for each block
 
@@ -205,7 +198,8 @@ def trial(op: str, found: Found) -> Iterator[None]:
     global _trial
     before, _trial = _trial, (op, found)
     try:
-        yield
+        with packed.at_once():
+            yield
     finally:
         _trial = before
 
@@ -218,7 +212,8 @@ def recording(recorder: Recorder, *, read: bool = False) -> Iterator[None]:
     forget()
     before, _recorder, _read_on = (_recorder, _read_on), recorder, read
     try:
-        yield
+        with packed.at_once():
+            yield
     finally:
         _recorder, _read_on = before
         forget()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from resnet_fused import backends, registry
 from resnet_fused.modules.warmup import warmup
-from resnet_fused.ops import block
+from resnet_fused.ops import block, packed
 from resnet_fused.ops.block import BlockCall, run_chain
 from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBNActCall
@@ -200,6 +200,11 @@ def _static(op: str, call: Any) -> tuple[str, ...]:
 
 def tune_call(op: str, call: Any, *, repeats: int, max_seconds: float, sample: Sample | None = None) -> Tuned:
     """Gate and time every candidate for one call."""
+    with packed.at_once():
+        return _tune_call(op, call, repeats, max_seconds, sample)
+
+
+def _tune_call(op: str, call: Any, repeats: int, max_seconds: float, sample: Sample | None) -> Tuned:
     gate = _Gate(op, call)
     excluded: dict[str, str] = {}
     entries: dict[str, Entry] = {}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import backends
+from resnet_fused.ops import packed
 from resnet_fused.ops.block import BlockCall
 from resnet_fused.ops.convbn import ConvBNActCall
 from resnet_fused.testing.timing import Sample, Timing, interleaved
@@ -69,10 +70,11 @@ def verify(
     found = []
     for done, (key, (op, call)) in enumerate(calls.items(), 1):
         runs = {"auto": _auto(op, call)} | {name: _eager(op, call, layout) for name, layout in LAYOUTS.items()}
-        measured = tuple(
-            interleaved(runs, device=call[0].device, repeats=repeats, max_seconds=max_seconds, sample=sample)
-            for _ in range(rounds)
-        )
+        with packed.at_once():
+            measured = tuple(
+                interleaved(runs, device=call[0].device, repeats=repeats, max_seconds=max_seconds, sample=sample)
+                for _ in range(rounds)
+            )
         entry = lookup.find(op, call)
         found.append(Comparison(key, "static" if entry is None else tuner.label(entry.entry), measured))
         if progress is not None:

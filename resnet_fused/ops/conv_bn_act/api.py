@@ -18,7 +18,12 @@ OP = library.define("conv_bn_act", SCHEMAS["conv_bn_act"])
 
 
 def call_op(x: Tensor, conv: ConvBN, residual: Tensor | None, act: str, backend: str) -> Tensor:
-    """Call the registered op, or its kernel where nobody could tell."""
+    """Call the registered op, or its kernel where nobody could tell; what aten does under function transforms."""
+    if library.transformed():
+        call = ConvBNActCall(x, conv, residual, act)
+        check_call(call)
+        backends.check_name(backend)
+        return reference.run(call)
     if library.goes_straight(x, (*conv[:6], residual)):
         return compute(ConvBNActCall(x, conv, residual, act), backend)
     return OP(x, *conv, residual, act, backend)  # type: ignore[no-any-return]
@@ -27,8 +32,6 @@ def call_op(x: Tensor, conv: ConvBN, residual: Tensor | None, act: str, backend:
 def candidates(x: Tensor, conv: ConvBN) -> tuple[str, ...]:
     """The static rule of ``backend="auto"``: backends in the order in which they are tried."""
     if x.device.type == "cpu":
-        if not packed.lasting(conv):
-            return ("reference",)
         return ("cpu", "onednn", "reference")
     if x.device.type == "cuda" and x.dtype != torch.float64:
         # A 1x1 convolution is bound by memory, where the fused epilogue pays whole; a larger filter by arithmetic,
@@ -47,8 +50,10 @@ def candidates(x: Tensor, conv: ConvBN) -> tuple[str, ...]:
 def compute(call: ConvBNActCall, backend: str) -> Tensor:
     """Check the call, pick the backend, run it, and give the result eager's strides."""
     check_call(call)
-    if call.x.numel() == 0:
+    if call.x.numel() == 0 or call.conv.weight.numel() == 0:
         backend = "reference"
+    elif backend == backends.AUTO and not packed.settled(call.conv.tensors()):
+        return reference.run(call)
     module = backends.choose("conv_bn_act", call, backend, candidates(call.x, call.conv))
     out: Tensor = module.run(call)
     return out if module is reference else like_eager(out, _eager, call.x, (call.conv,), call.residual)
@@ -89,16 +94,25 @@ def _autocast(cast: Any, *args: Any) -> Tensor:
     return torch.relu(y) if call.act == "relu" else y
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    call = _call(inputs[:-1])
-    conv = call.conv
-    ctx.geometry = conv[6:]
-    ctx.beta_dtype = None if conv.bn_bias is None else conv.bn_bias.dtype
-    ctx.has_residual = call.residual is not None
-    ctx.save_for_backward(
-        call.x, conv.weight, conv.bias, conv.bn_weight, conv.running_mean, conv.running_var,
-        output if call.act == "relu" else None,
-    )  # fmt: skip
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output: Tensor = OP(*args)
+        call = _call(args[:-1])
+        conv = call.conv
+        ctx.geometry = conv[6:]
+        ctx.beta_dtype = None if conv.bn_bias is None else conv.bn_bias.dtype
+        ctx.has_residual = call.residual is not None
+        ctx.save_for_backward(
+            call.x, conv.weight, conv.bias, conv.bn_weight, conv.running_mean, conv.running_var,
+            output if call.act == "relu" else None,
+        )  # fmt: skip
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _backward(ctx, grads[0])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -145,8 +159,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (dx, dweight, dbias, dgamma, dbeta, *[None] * 7, dresidual, None, None)
 
 
+def _autograd(*args: Any) -> Tensor:
+    if library.transformed():
+        return reference.run(_call(args[:-1]))
+    if not library.records(args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return OP(*args)  # type: ignore[no-any-return]
+    call = _call(args[:-1])
+    gamma, weight = call.conv.bn_weight, call.conv.weight
+    if gamma is not None and gamma.requires_grad and not weight.requires_grad and args[-1] == backends.AUTO:
+        # γ's gradient needs the convolution's output: to keep it, as aten does, is quicker than a filter's gradient.
+        check_call(call)
+        return reference.run(call)
+    return _Function.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+
+
 library.implement("conv_bn_act", _kernel, _fake)
+library.LIBRARY.impl("conv_bn_act", _autograd, "Autograd")
 library.implement_autocast("conv_bn_act", _autocast)
-torch.library.register_autograd(
-    "resnet_fused::conv_bn_act", _backward, setup_context=_setup_context, lib=library.LIBRARY
-)

@@ -10,7 +10,7 @@ from torch import Tensor
 from resnet_fused.ops import packed
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall
 
-_CACHE = packed.new_cache()
+_KIND = packed.new_kind()
 _TRIED: dict[Hashable, str | None] = {}
 _MOST_TRIED = 4096
 
@@ -67,7 +67,7 @@ def _try(call: ConvBNActCall) -> str | None:
 def run(call: ConvBNActCall) -> Tensor:
     """Compute the call; the result is channels_last."""
     conv = call.conv
-    weight, bias = packed.packed(_CACHE, conv, _fold)
+    weight, bias = packed.packed(_KIND, conv, _fold)
     x = call.x.contiguous(memory_format=torch.channels_last)
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
     if call.residual is None:

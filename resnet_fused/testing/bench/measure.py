@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import roofline
+from resnet_fused.ops import packed
 from resnet_fused.testing.bench import store
 from resnet_fused.testing.bench.cases import Call, Case
 from resnet_fused.testing.bench.contenders import Absent, Factory, is_ours, laid_out
@@ -245,7 +246,7 @@ class _Gate:
 
     def admit(self, call: Call) -> Entrant:
         """The contender that ``call`` is, or why it is none."""
-        with torch.inference_mode():
+        with torch.inference_mode(), packed.at_once():
             outputs = _outputs(call)
         if len(outputs) != len(self.whole):
             return Entrant("red", note=f"{len(outputs)} tensors, eager's {len(self.whole)}")
