@@ -31,6 +31,7 @@ SEQUENCES, STEPS = (3000, 20) if NIGHTLY else (200, 8)
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 pytestmark = [
+    pytest.mark.waits,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::UserWarning"),  # of non-leaf gradients, odd optimizers, old formats
     pytest.mark.filterwarnings("ignore::FutureWarning"),

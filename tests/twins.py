@@ -85,10 +85,19 @@ def run(model: nn.Module, x: Tensor, look: Look) -> dict[str, Tensor]:
     return found | {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A copy, also of what hooks compute anew at each call: pruned and normalised weights, which have a history."""
+    for module in model.modules():
+        for name, value in list(module.__dict__.items()):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                module.__dict__[name] = value.detach()
+    return copy.deepcopy(model)
+
+
 def in_float64(model: nn.Module) -> nn.Module:
     """A copy in float64; tensors made in inference mode cannot leave it otherwise."""
     with torch.inference_mode(False), torch.no_grad():
-        return copy.deepcopy(model).double()
+        return copied(model).double()
 
 
 def check_prediction(ours: Tensor, eager: Tensor, exact: Tensor, others: Callable[[], list[Tensor]]) -> None:
@@ -147,7 +156,7 @@ class Twins:
         for _ in range(calls):
             if found is None or moves:
                 exact_model = in_float64(self.eager.model)
-                before = copy.deepcopy(self.eager.model) if moves else self.eager.model
+                before = copied(self.eager.model) if moves else self.eager.model
                 try:
                     eager = run(self.eager.model, x, look)
                 except Exception:  # then ours may raise too, or not
@@ -160,7 +169,7 @@ class Twins:
             eager, exact = found
 
             def others(before: nn.Module = before) -> list[Tensor]:
-                turned = copy.deepcopy(before).to(memory_format=torch.channels_last)
+                turned = copied(before).to(memory_format=torch.channels_last)
                 return [run(turned, x.contiguous(memory_format=torch.channels_last), look)["y"]]
 
             try:
