@@ -41,7 +41,7 @@ def main(meeting: str) -> None:
             F.cross_entropy(model(x), y).backward()
         for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
             torch.testing.assert_close(ours.grad.to_local(), theirs.grad.to_local(), rtol=1e-2, atol=1e-4)
-            ours.grad = theirs.grad.clone()
+            ours.grad = theirs.grad.clone()  # so that the optimizers do the same
         for optimizer in optimizers:
             optimizer.step()
         compare()

@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 FORKS = 40
-PATIENCE = 60.0  # seconds, for a child that needs milliseconds
+PATIENCE = 30.0  # seconds, for a child that needs milliseconds
 
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:
@@ -51,7 +51,6 @@ def forked(work: Callable[[], bool]) -> int | None:
     if child == 0:
         status = 2
         try:
-            torch.set_num_threads(1)
             status = 0 if work() else 1
         finally:
             os._exit(status)
@@ -109,8 +108,8 @@ def test_a_child_of_a_busy_process_predicts(busy: Callable[[Callable[[], object]
         rf.clear_workspace()
         return same and torch.allclose(predict(model, x), wanted, atol=1e-5)
 
-    found = [forked(work) for _ in range(FORKS)]
-    assert found == [0] * FORKS, f"None: hung; 1: another prediction; 2: raised. {found}"
+    for at in range(FORKS):
+        assert forked(work) == 0, f"None: hung; 1: another prediction; 2: raised. Child {at} of {FORKS}"
 
 
 def test_a_child_fuses_and_writes_for_itself(busy: Callable[[Callable[[], object]], None]) -> None:
@@ -127,7 +126,8 @@ def test_a_child_fuses_and_writes_for_itself(busy: Callable[[Callable[[], object
         new = rf.fuse(eager)
         return all(torch.allclose(predict(m, x), predict(eager, x), atol=1e-5) for m in (model, new) for _ in range(3))
 
-    assert [forked(work) for _ in range(5)] == [0] * 5
+    for _ in range(5):
+        assert forked(work) == 0
     torch.testing.assert_close(predict(model, x), wanted)
 
 

@@ -133,7 +133,8 @@ def test_an_optimizers_step_is_seen(name: str, norms: str) -> None:
         if norms == "trained":
             twins.do(CHANGES["trains"])
         twins.train(look, OPTIMIZERS[name])
-        twins.do(CHANGES["evaluates"])
+        if norms == "trained":
+            twins.do(CHANGES["evaluates"])
         twins.check(look)
 
 
@@ -203,8 +204,9 @@ class SameNumbers(RuleBasedStateMachine):
             self.twins.do(CHANGES["norms_frozen" if norms == "frozen" else "trains"])
         self.twins.train(self.look, OPTIMIZERS[name])
         self.twins.check(self.look)
-        self.twins.do(CHANGES["evaluates"])
-        self.twins.check(self.look)
+        if norms != "as they are":
+            self.twins.do(CHANGES["evaluates"])
+            self.twins.check(self.look)
 
     @rule(name=st.sampled_from(list(PATCHES)))
     def replace_code(self, name: str) -> None:

@@ -221,7 +221,7 @@ class Twins:
         run(self.fused.model, x, recorded)
         torch.nn.utils.clip_grad_norm_(self.eager.model.parameters(), 4.0)
         for ours, theirs in zip(self.fused.model.parameters(), self.eager.model.parameters(), strict=True):
-            ours.grad = None if theirs.grad is None else theirs.grad.clone()
+            ours.grad = None if theirs.grad is None else torch.empty_like(ours).copy_(theirs.grad)
 
         def step(side: Side) -> None:
             trained = [p for p in side.model.parameters() if p.grad is not None]
