@@ -149,15 +149,21 @@ def test_copies_stay_fused_and_can_be_unfused(way):
 def test_identity_and_layout():
     eager = small()
     parameters, before = list(eager.parameters()), state(eager)
-    strides = [p.stride() for p in parameters]
+    storages = [(p.data_ptr(), p.stride(), p._version) for p in parameters]
+
+    def untouched() -> bool:
+        return [(p.data_ptr(), p.stride(), p._version) for p in eager.parameters()] == storages
+
     assert rf.fuse_(eager) is eager
     assert all(a is b for a, b in zip(eager.parameters(), parameters, strict=True))
-    assert same_state(eager.state_dict(), before)
-    assert eager.layer1[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    assert same_state(eager.state_dict(), before) and untouched()
+    with torch.no_grad():
+        x = torch.randn(1, 3, 32, 32)
+        assert eager.layer1(eager.relu(eager.bn1(eager.conv1(x)))).is_contiguous(memory_format=torch.channels_last)
+        rf.fuse_(eager, memory_format=torch.preserve_format)
+        assert eager.layer1(eager.relu(eager.bn1(eager.conv1(x)))).is_contiguous()
     rf.unfuse(eager, inplace=True)
-    assert [p.stride() for p in eager.parameters()] == strides
-    rf.fuse_(eager, memory_format=torch.preserve_format)
-    assert [p.stride() for p in eager.parameters()] == strides
+    assert untouched()
 
 
 def test_not_in_place_leaves_the_model_alone():

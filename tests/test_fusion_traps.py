@@ -97,7 +97,6 @@ def test_identity_type_and_attributes_stay():
     assert list(map(id, model.parameters())) == ids
     assert isinstance(block, rf.FusedBottleneck) and isinstance(block, tv.Bottleneck) and block.expansion == 4
     assert isinstance(model, tv.ResNet)
-    assert weight.is_contiguous(memory_format=torch.channels_last)
     assert rf.unfuse(model, inplace=True) is model and type(block) is tv.Bottleneck
 
 

@@ -41,7 +41,7 @@ def test_whatever_is_chosen_the_numbers_stay(monkeypatch, fastest):
         assert chosen == {fastest}
     assert fastest in chosen or backends.unavailable("cpu")
     assert not any(result.excluded for result in results)
-    assert check("", "", "", eager_copy(model, like=fused), fused, (x,)).ok
+    assert check("", "", "", eager_copy(model, channels_last=True), fused, (x,)).ok
 
 
 def test_of_equal_ones_the_static_choice_wins(monkeypatch):

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     backend = check_backend(args.backend)
     model, x = prepare(args, keep_statistics=args.keep_statistics)
     fused = resnet_fused.fuse(model, backend=backend)
-    eager = eager_copy(model, like=fused)
+    eager = eager_copy(model, channels_last=True)
     x = x.contiguous(memory_format=LAYOUTS[args.layout])
     verdicts = [
         check(part.name, part.kind, part.backend, part.eager, part.fused, part.inputs)

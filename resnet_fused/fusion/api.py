@@ -13,7 +13,6 @@ from torch import nn
 from resnet_fused import backends
 from resnet_fused.fusion.choice import chosen_backend
 from resnet_fused.fusion.generic import NOT_FUSED, fuse_generic, generic_entries, taken_by
-from resnet_fused.fusion.layout import relayout, restore
 from resnet_fused.fusion.match import Match, match, pairs_of
 from resnet_fused.fusion.report import FUSED, SKIPPED, FusionEntry, FusionReport
 from resnet_fused.modules import parts
@@ -57,8 +56,9 @@ def fuse(
         backend: "auto", or a name in ``resnet_fused.backends.NAMES``, for every op of the fused parts.
         filter_fn: called with the name and module of each block or owner of a stem; False leaves it alone.
         strict: raise when there is no residual block, or when one is left alone though ``filter_fn`` wanted it.
-        memory_format: strides of the fused convolutions' weights: torch.channels_last, as kernels read them, or
-            torch.preserve_format. Values and Parameter objects stay the same.
+        memory_format: that of the feature maps of fused parts with given statistics: torch.channels_last, as kernels
+            read them, or torch.preserve_format for the input's. Parameters keep their strides, and training its format:
+            where channels_last is quicker, say ``model.to(memory_format=torch.channels_last)`` as in eager.
         recompute: None, "activations" or "last_conv": what the blocks compute again in the backward pass instead of
             keeping it, as in FusedBottleneck. A block with nn.SyncBatchNorm keeps all where processes are several.
         generic: also fuse convolution → batch norm (→ sum) (→ ReLU) and sum → ReLU in the forwards of all other
@@ -89,12 +89,10 @@ def fuse(
         if found.spec is None or (filter_fn is not None and not filter_fn(name, module)):
             continue
         if isinstance(module, FusedModule):
-            module._fused = dataclasses.replace(module._fused, backend=backend, recompute=recompute)
+            state = dataclasses.replace(module._fused, backend=backend, recompute=recompute)
+            module._fused = dataclasses.replace(state, channels_last=memory_format is torch.channels_last)
         elif found.reason is None and found.fused is not None:
-            adopt(module, found.fused, FusedState(found.spec, backend, recompute=recompute))
-        if isinstance(module, FusedModule) and memory_format is torch.channels_last and found.reason is None:
-            assert found.spec is not None
-            relayout(module, [conv for conv, _ in pairs_of(module, found.spec)])
+            adopt(module, found.fused, FusedState(found.spec, backend, recompute, memory_format is torch.channels_last))
     if generic:
         fuse_generic(model, backend, filter_fn, memory_format)
     if tune is not None:
@@ -123,7 +121,7 @@ def fuse_(
 
 
 def unfuse(model: M, *, inplace: bool = False) -> M:
-    """Undo ``fuse``: every fused part has its own class and its weights' own strides again.
+    """Undo ``fuse``: every fused part has its own class again.
 
     Parameters, buffers and hooks are those of the fused model: what was trained or loaded meanwhile stays. Modules that
     are ours by birth (``FusedBottleneck(…)``, ``resnet50()``) stay what they are.
@@ -143,12 +141,8 @@ def unfuse(model: M, *, inplace: bool = False) -> M:
                 f"model: the class of {name or 'the model'} was changed after fusion, to {type(module).__name__}; "
                 "undo that before unfuse"
             )
-        for parameter, (shape, strides) in module._fused.layouts.items():
-            restore(module, parameter, shape, strides)
         if original_class(module) is not None:
             release(module)
-        else:
-            module._fused = dataclasses.replace(module._fused, layouts={})
     return model
 
 
@@ -168,7 +162,7 @@ def explain(
     for name, module, found in _matches(model):
         wanted = filter_fn is None or filter_fn(name, module)
         reason = found.reason if wanted or isinstance(module, FusedModule) else NOT_FUSED
-        entries.append(_entry(name, module, found, reason, backend, channels_last=True))
+        entries.append(_entry(name, module, found, reason, backend))
         if reason is None and found.spec is not None:
             taken |= {id(module)} if found.kind == "stem" else taken_by(module, found.spec)
     if generic:
@@ -195,14 +189,12 @@ def report(model: nn.Module, *, generic: bool = False) -> FusionReport:
     return FusionReport(tuple(entries))
 
 
-def _entry(
-    name: str, module: nn.Module, found: Match, reason: str | None, backend: str, channels_last: bool = False
-) -> FusionEntry:
+def _entry(name: str, module: nn.Module, found: Match, reason: str | None, backend: str) -> FusionEntry:
     label = f"{name}.stem".lstrip(".") if found.kind == "stem" else name
     if reason is not None or found.spec is None:
         return FusionEntry(label, found.kind, SKIPPED, reason or "")
     pairs = pairs_of(module, found.spec)
-    chosen = chosen_backend(found.kind, pairs, backend, channels_last)
+    chosen = chosen_backend(found.kind, pairs, backend)
     return FusionEntry(label, found.kind, FUSED, found.note, chosen)
 
 

@@ -19,19 +19,16 @@ _BLOCK_DEPTH = {"basic_block": 2, "bottleneck": 3}
 _SAMPLE = 16  # height and width, in filter extents, of the image that the choice is asked for
 
 
-def chosen_backend(
-    kind: str, pairs: list[tuple[nn.Conv2d, nn.Module]], backend: str, channels_last: bool = False
-) -> str:
+def chosen_backend(kind: str, pairs: list[tuple[nn.Conv2d, nn.Module]], backend: str) -> str:
     """The backend asked for, or what "auto" chooses: one name, or several, joined, where convolutions differ.
 
     "cuda (whole block)" where that backend computes the block in one kernel. Where the tuning table has calls of these
-    weights, the names are those that it gives for the shapes that were tuned: "cpu (tuned)". ``channels_last``: as if
-    the weights lay so already.
+    weights, the names are those that it gives for the shapes that were tuned: "cpu (tuned)".
     """
     if backend != backends.AUTO:
         return f"{backend} (whole block)" if _whole_kernel(kind, pairs, backend) else backend
     block = _block_call(kind, pairs)
-    names = [] if block is None else _tuned(kind, block, channels_last)
+    names = [] if block is None else _tuned(kind, block)
     if names and lookup.CHAIN not in names:
         return _joined(names, True)
     # Its convolutions are looked up by themselves where they run so: in a chain, which a block on a GPU is unasked.
@@ -40,7 +37,7 @@ def chosen_backend(
     names = [name for name in names if name != lookup.CHAIN]
     for conv, norm in pairs:
         pair = parts.with_statistics(conv, norm)
-        found = [] if pair is None or not alone else _tuned("conv_bn_act", _conv_call(pair), channels_last)
+        found = [] if pair is None or not alone else _tuned("conv_bn_act", _conv_call(pair))
         measured |= bool(found)
         names += found or ["eager" if pair is None else _choose(pair)]
     return _joined(names, measured)
@@ -58,10 +55,10 @@ def _joined(names: list[str], tuned: bool) -> str:
     return "+".join(dict.fromkeys(names)) + " (tuned)" * tuned
 
 
-def _tuned(op: str, call: Any, channels_last: bool = False) -> list[str]:
+def _tuned(op: str, call: Any) -> list[str]:
     """Who the table says computes calls with these weights: backends, eager with its memory format if it has one."""
     names = []
-    for entry in lookup.alike(op, call, channels_last):
+    for entry in lookup.alike(op, call):
         whole = isinstance(call, BlockCall) and entry.backend in (lookup.CHAIN, backends.Backend.REFERENCE)
         if whole or backends.tuned(op, call, lookup.Found(entry)) is not None:
             eager = entry.backend == backends.Backend.REFERENCE and entry.config is not None

@@ -16,7 +16,6 @@ from torch import nn
 from resnet_fused import backends
 from resnet_fused.fusion.chains import SUM, analyse, within_reach
 from resnet_fused.fusion.choice import chosen_backend, chosen_sum
-from resnet_fused.fusion.layout import relayout
 from resnet_fused.fusion.report import FUSED, SKIPPED, FusionEntry
 from resnet_fused.fusion.trace import runs_in_turn
 from resnet_fused.modules import live
@@ -32,6 +31,7 @@ NOT_FUSED = "can be fused, but fuse was not asked to"
 
 def fuse_generic(model: nn.Module, backend: str, filter_fn: Filter | None, memory_format: torch.memory_format) -> None:
     """Fuse, in place, the chains in every module that is not taken by an adapter already."""
+    channels_last = memory_format is torch.channels_last
     for name, module in list(_owners(model, set())):
 
         def wanted(chain: Chain, part: nn.Module, name: str = name) -> bool:
@@ -41,12 +41,11 @@ def fuse_generic(model: nn.Module, backend: str, filter_fn: Filter | None, memor
         if not plans:
             continue
         if isinstance(module, FusedForward):
-            module._fused = dataclasses.replace(module._fused, backend=backend, plans=plans)
+            module._fused = dataclasses.replace(
+                module._fused, backend=backend, plans=plans, channels_last=channels_last
+            )
         else:
-            adopt(module, FusedForward, TracedState(NO_SPEC, backend, plans=plans))
-        if memory_format is torch.channels_last:
-            convs = [find(module, chain.conv) for plan in plans for chain in plan.chains if chain.conv]
-            relayout(module, [conv for conv in convs if conv is not None])  # type: ignore[arg-type]
+            adopt(module, FusedForward, TracedState(NO_SPEC, backend, channels_last=channels_last, plans=plans))
 
 
 def generic_entries(

@@ -37,10 +37,12 @@ class FusedBlock(FusedModule):
         pairs = self._pairs()
         if pairs is None:
             return self._original_forward(x)
+        state = self._fused
         shortcut = self._shortcut()
         extras = self._extras()
-        state = self._fused
         data = [parts.read(conv, norm) for conv, norm in pairs]
+        if None not in data:
+            x = state.feature_map(x)
         if extras is None and None not in data:
             if shortcut is None:
                 return self._op(x, *data, backend=state.backend)

@@ -81,6 +81,8 @@ class FusedConvBNReLU(FusedModule):
         if not parts.bypassable(conv, bn) or parts.watched():
             y: Tensor = bn(conv(x))
             return F.relu(y) if self.act == "relu" else y
+        if parts.read(conv, bn) is not None:  # type: ignore[arg-type]
+            x = self._fused.feature_map(x)
         return parts.step(x, conv, bn, self.act, None, self._fused.backend)  # type: ignore[arg-type]
 
 
@@ -98,6 +100,8 @@ class FusedStem(FusedModule):
         pairs = self.stem_pairs()
         if pairs is None:
             return self._run_modules(x)
+        if all(parts.read(*pair) is not None for pair in pairs):
+            x = self._fused.feature_map(x)
         for conv, norm in pairs:
             x = parts.step(x, conv, norm, "relu", None, self._fused.backend)
         return x

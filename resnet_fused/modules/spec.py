@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Path = tuple[str, ...]
 
@@ -86,11 +87,14 @@ class FusedState:
     """What a fused module knows beside its parameters: no tensor, nothing derived from one.
 
     recompute is what training computes again in the backward pass instead of keeping it: None, "activations" or
-    "last_conv". layouts are the (shape, strides) that convolution weights had before ``fuse`` gave them others, by
-    parameter name.
+    "last_conv". channels_last: whether inference turns feature maps into that memory format, which the kernels read.
     """
 
     spec: BlockSpec
     backend: str = "auto"
-    layouts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     recompute: str | None = None
+    channels_last: bool = True
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """``x``, ``[N, C, H, W]``, in the memory format in which inference computes; parameters keep theirs."""
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.dim() == 4 else x

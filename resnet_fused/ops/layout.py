@@ -40,9 +40,11 @@ def _describe(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def _strides(eager: Eager, x: Any, convs: Any, addend: Any) -> tuple[int, ...]:
-    with torch.no_grad(), FakeTensorMode():
+    mode = FakeTensorMode()
+    mode.cache_enabled = False  # its cache keeps every shape for ever
+    with torch.no_grad(), mode:
 
         def fake(described: Any) -> Tensor:
             shape, stride, dtype, device = described

@@ -20,7 +20,7 @@ from resnet_fused.modules.spec import find
 M = TypeVar("M", bound=nn.Module)
 
 
-def eager_copy(model: M, *, like: nn.Module | None = None) -> M:
+def eager_copy(model: M, *, channels_last: bool = False) -> M:
     """A copy of ``model`` that computes everything by module calls.
 
     What ``fuse`` changed is undone. Modules that are ours by birth keep their class, and are given the forward that an
@@ -28,14 +28,11 @@ def eager_copy(model: M, *, like: nn.Module | None = None) -> M:
 
     Args:
         model: fused or not; it is not changed.
-        like: give every weight the strides that it has in this model. ``fuse`` makes weights channels_last, which by
-            PyTorch's own rule decides the strides of what eager gives.
+        channels_last: convert its weights, so that its feature maps have the strides of those of fused parts.
     """
     model = unfuse(model)
-    for name, weight in () if like is None else like.named_parameters():
-        own = model.get_parameter(name)
-        if own.stride() != weight.stride():
-            own.data = torch.empty_like(weight.data, device=own.device).copy_(own.data)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in model.modules():
         instance: Any = module
         if isinstance(module, FusedStem):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -82,11 +83,9 @@ def learn(
 
 
 def twins(model: nn.Module, memory_format: Any = torch.channels_last) -> dict[str, nn.Module]:
-    """Copies of ``model``: eager, fused, and fused with each ``recompute``; all with the same weights and strides."""
+    """Copies of ``model``: eager, fused, and fused with each ``recompute``; all with the same weights, of this format."""
+    model = copy.deepcopy(model).to(memory_format=memory_format)
     fused = {
-        f"fused, {choice}" if choice else "fused": resnet_fused.fuse(
-            model, recompute=choice, memory_format=memory_format
-        )
-        for choice in CHOICES
-    }  # fmt: skip
-    return {"eager": eager_copy(model, like=fused["fused"]), **fused}
+        f"fused, {choice}" if choice else "fused": resnet_fused.fuse(model, recompute=choice) for choice in CHOICES
+    }
+    return {"eager": eager_copy(model), **fused}

@@ -33,7 +33,7 @@ def compare(trainer: Trainer, model: nn.Module) -> Final:
     In full float32: TF32's rounding, not fusion, could turn a prediction that is nearly a tie.
     """
     fused = resnet_fused.fuse(model)
-    eager = eager_copy(model, like=fused)
+    eager = eager_copy(model, channels_last=True)
     totals = torch.zeros(4, dtype=torch.float64, device=trainer.device)
     few = torch.empty(0)
     verdict = None

@@ -162,13 +162,13 @@ def summary(device: torch.device) -> str:
     return f"{len(entries)} entries {hashlib.sha256(said.encode()).hexdigest()[:8]}" if entries else ""
 
 
-def alike(op: str, call: Any, channels_last: bool = False) -> list[Entry]:
+def alike(op: str, call: Any) -> list[Entry]:
     """The entries for calls with the same weights and geometry as this one, whatever the batch and the size of the
-    images and their layout, in the order of their keys. ``channels_last``: as if the weights lay so."""
+    images and their layout, in the order of their keys."""
     wanted = key(op, call) if op in OPS else None
     if wanted is None:
         return []
-    pattern = _of_weights(wanted.replace(":nchw", ":nhwc") if channels_last else wanted)
+    pattern = _of_weights(wanted)
     return [entry for text, entry in sorted(_table(call[0].device).items()) if _of_weights(text) == pattern]
 
 
