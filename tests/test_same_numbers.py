@@ -293,16 +293,12 @@ class SameNumbers(RuleBasedStateMachine):
             return  # what is called several times moves the statistics
         for side in (self.twins.eager, self.twins.fused):
             side.kept.clear()
-        try:
-            self.twins.do(call)
-        except AssertionError as error:
-            if self.twins.backend != "auto" and isinstance(error.__cause__, rf.BackendError):
-                return  # what was asked for by name may refuse
-            raise
+        self.twins.do(call)
         if self.twins.eager.kept and self.twins.fused.kept:
             (eager, exact), (ours, _) = self.twins.eager.kept, self.twins.fused.kept
             error, eagers = (t.double().sub(exact.double()).norm() for t in (ours, eager))
-            assert error <= 2 * eagers + 0.01 * exact.double().norm(), f"off by {error:.3g}, eager by {eagers:.3g}"
+            share = 0.4 if self.look.autocast or self.twins.dtype.itemsize == 2 else 0.1  # as twins.check_gradients
+            assert error <= 2 * eagers + share * exact.double().norm(), f"off by {error:.3g}, eager by {eagers:.3g}"
 
     def teardown(self) -> None:
         self.patches.undo()

@@ -111,13 +111,14 @@ def check_prediction(ours: Tensor, eager: Tensor, exact: Tensor, others: Callabl
     assert result.ok, f"prediction: {result}"
 
 
-def check_gradients(ours: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """By their norms: a ReLU whose input is almost zero may decide otherwise, for a pixel or, in bfloat16, for some."""
+def check_gradients(ours: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], low: bool) -> None:
+    """By their norms: a ReLU whose input is almost zero decides either way, which moves a gradient by some percent in
+    float32 and by a quarter in bfloat16 (``low``), eager's as well as ours."""
     assert list(ours) == list(eager)
     for name, value in ours.items():
         wanted = exact[name].double()
         error, eagers = (value.double() - wanted).norm(), (eager[name].double() - wanted).norm()
-        limit = 4 * eagers + 0.01 * wanted.norm() + 1e-6
+        limit = 4 * eagers + (0.4 if low else 0.1) * wanted.norm() + 1e-6
         assert error <= limit, f"{name}: off by {error:.3g}, eager by {eagers:.3g}, norm {wanted.norm():.3g}"
 
 
@@ -133,6 +134,10 @@ class Twins:
     def dtype(self) -> torch.dtype:
         return next(self.fused.model.parameters()).dtype
 
+    def refuses(self, error: BaseException) -> bool:
+        """Whether this is a backend's right: one that was named serves a call or raises."""
+        return self.backend != "auto" and isinstance(error, rf.BackendError)
+
     def do(self, way: Way, seed: int = 0) -> None:
         """Do it to both. What eager can, the fused one can."""
         raised = []
@@ -144,7 +149,7 @@ class Twins:
                 raised.append(error)
             else:
                 raised.append(None)
-        if raised[1] is not None and raised[0] is None:
+        if raised[1] is not None and raised[0] is None and not self.refuses(raised[1]):
             raise AssertionError(f"eager does this, the fused model raises {raised[1]!r}") from raised[1]
         self.meet(strict=raised == [None, None])
 
@@ -174,14 +179,16 @@ class Twins:
 
             try:
                 ours = run(self.fused.model, x, look)
-            except rf.BackendError:
-                if self.backend == "auto":
+            except rf.BackendError as error:
+                if not self.refuses(error):
                     raise
-                return  # what was asked for by name may refuse
+                self.meet(strict=False)
+                return
             with torch.inference_mode(look.mode == "inference"):
                 check_prediction(ours["y"], eager["y"], exact["y"].double(), others)
                 del ours["y"]
-                check_gradients(ours, {k: eager[k] for k in eager if k != "y"}, exact)
+                low = look.autocast or self.dtype.itemsize == 2
+                check_gradients(ours, {k: eager[k] for k in eager if k != "y"}, exact, low)
             if moves:
                 self.meet()
         for side in (self.eager, self.fused):
@@ -218,7 +225,12 @@ class Twins:
             run(self.eager.model, x, recorded)
         except Exception:  # tensors made in inference mode, say
             return
-        run(self.fused.model, x, recorded)
+        try:
+            run(self.fused.model, x, recorded)
+        except rf.BackendError as error:
+            if not self.refuses(error):
+                raise
+            return
         torch.nn.utils.clip_grad_norm_(self.eager.model.parameters(), 4.0)
         for ours, theirs in zip(self.fused.model.parameters(), self.eager.model.parameters(), strict=True):
             ours.grad = None if theirs.grad is None else torch.empty_like(ours).copy_(theirs.grad)
