@@ -83,8 +83,8 @@ def learn(
 
 
 def twins(model: nn.Module, memory_format: Any = torch.channels_last) -> dict[str, nn.Module]:
-    """Copies of ``model``: eager, fused, and fused with each ``recompute``; all with the same weights, of this format."""
-    model = copy.deepcopy(model).to(memory_format=memory_format)
+    """Copies of ``model``: eager, fused, and fused with each ``recompute``; the same weights, in this format."""
+    model = copy.deepcopy(model).to(memory_format=memory_format)  # type: ignore[call-overload]
     fused = {
         f"fused, {choice}" if choice else "fused": resnet_fused.fuse(model, recompute=choice) for choice in CHOICES
     }
