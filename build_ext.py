@@ -23,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+LIBRARY = "libresnet_fused.so"
 SCHEMAS = ROOT / "resnet_fused" / "ops" / "schemas.py"
 ABI_TARGET = (2, 11)  # the oldest torch that loads the library, whichever it was built with
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
@@ -71,7 +72,7 @@ def missing() -> str | None:
     torch = torch_folder()
     if torch is None:
         return "no torch headers in this build environment (pip install --no-build-isolation, beside torch)"
-    version = re.match(r"(\d+)\.(\d+)", (torch / "version.py").read_text().partition("__version__ = '")[2])
+    version = re.match(r"(\d+)\.(\d+)", torch_version())
     if version is None or tuple(map(int, version.groups())) < ABI_TARGET:
         return f"torch is older than {'.'.join(map(str, ABI_TARGET))}"
     return None
@@ -88,6 +89,12 @@ def torch_folder() -> Path | None:
         if (folder / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
             return folder.resolve()
     return None
+
+
+def torch_version() -> str:
+    folder = torch_folder()
+    assert folder is not None
+    return (folder / "version.py").read_text().partition("__version__ = '")[2].partition("'")[0]
 
 
 def find_nvcc() -> str | None:
@@ -133,12 +140,15 @@ class BuildLibrary(build_ext):
         module.parent.mkdir(parents=True, exist_ok=True)
         try:
             build(module)
-        except subprocess.CalledProcessError:
-            complain("no compiled library: it does not compile here, see above; everything else works")
+        except BuildError as error:
+            for path in self.get_outputs():  # of an earlier build: they are not what the sources say
+                Path(path).unlink()
+            print(error, file=sys.stderr)
+            complain(f"NO COMPILED LIBRARY: {error.what}; the compiler's words are above; everything else works")
 
     def get_outputs(self) -> list[str]:
         module = Path(self.get_ext_fullpath("resnet_fused._C"))
-        return [str(path) for path in (module, module.parent / "libresnet_fused.so") if path.exists()]
+        return [str(path) for path in (module, module.parent / LIBRARY) if path.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
@@ -147,18 +157,50 @@ class BuildLibrary(build_ext):
         return [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*")) if path.is_file()]
 
 
+class BuildError(Exception):
+    """The compiler refused; the text is what it said."""
+
+    @property
+    def what(self) -> str:
+        """The files that do not compile, in a line."""
+        failed = re.findall(r"^FAILED: (?:\[code=\d+\] )?(\S+)", str(self), re.MULTILINE)
+        names = [name.removesuffix(".o") for name in failed] or ["ninja"]
+        return f"{', '.join(names)} failed here"
+
+
 def build(module: Path) -> None:
-    """Build ``module`` and libresnet_fused.so beside it; what has not changed is not compiled again."""
+    """Build ``module`` and libresnet_fused.so beside it; what has not changed is not compiled again.
+
+    Each torch has a folder of its own under build/, so that environments that share a checkout do not mix objects.
+
+    Raises:
+        BuildError: something does not compile.
+    """
     nvcc = find_nvcc()
     if nvcc is None:
         complain("no nvcc (not on PATH, and CUDA_HOME is not set): the library is built without its CUDA kernels")
-    folder = ROOT / "build" / f"ext-{sysconfig.get_config_var('SOABI')}"
+    folder = ROOT / "build" / f"ext-{sysconfig.get_config_var('SOABI')}-torch-{torch_version()}"
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "schemas.h", _schemas_header())
     _write(folder / "build_info.h", _build_info_header(nvcc))
-    _write(folder / "build.ninja", _ninja(module, nvcc))
+    _write(folder / "build.ninja", _ninja(folder / module.name, nvcc))
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    subprocess.run(["ninja", "-C", str(folder), "-j", jobs, "--quiet"], check=True)
+    ninja = ["ninja", "-C", str(folder), "-j", jobs, "--quiet"]
+    done = subprocess.run(ninja, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise BuildError(done.stdout)
+    for name in (module.name, LIBRARY):
+        _install(folder / name, module.parent / name)
+
+
+def _install(built: Path, target: Path) -> None:
+    """Copy what is new, by renaming: a process that has the old file loaded keeps it."""
+    if not target.exists() or (built.stat().st_mtime_ns, built.stat().st_size) != (
+        target.stat().st_mtime_ns, target.stat().st_size,
+    ):  # fmt: skip
+        part = target.with_name(f".{target.name}.new")
+        shutil.copy2(built, part)
+        part.replace(target)
 
 
 def _write(path: Path, text: str) -> None:
@@ -180,12 +222,10 @@ def architecture_list() -> str:
 
 
 def _build_info_header(nvcc: str | None) -> str:
-    torch = torch_folder()
-    assert torch is not None
     cuda = re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True)) if nvcc else None
     rows = {
         "abi_target": f"torch {'.'.join(map(str, ABI_TARGET))}",
-        "torch": (torch / "version.py").read_text().partition("__version__ = '")[2].partition("'")[0],
+        "torch": torch_version(),
         "compiler": subprocess.check_output([compiler(), "--version"], text=True).splitlines()[0],
         "cuda": cuda[1] if cuda else "",
         "architectures": architecture_list() if nvcc else "",
@@ -197,7 +237,7 @@ def _build_info_header(nvcc: str | None) -> str:
 def _ninja(module: Path, nvcc: str | None) -> str:
     torch = torch_folder()
     assert torch is not None
-    library = module.parent / "libresnet_fused.so"
+    library = module.parent / LIBRARY
     target = "0x" + "".join(f"{part:02x}" for part in ABI_TARGET) + "0" * 12
     common = f"-std=c++20 -O3 -DTORCH_TARGET_VERSION={target} -I{CSRC} -I. -isystem {torch}/include"
     lines = [
@@ -205,7 +245,8 @@ def _ninja(module: Path, nvcc: str | None) -> str:
         f"nvcc = {nvcc}",
         f"common = {common}",
         f"cxxflags = -fPIC -fvisibility=hidden -Wall -Wextra -Werror{' -DRF_CUDA' if nvcc else ''}",
-        f"cudaflags = -Xcompiler=-fPIC,-fvisibility=hidden -Xptxas=-v {' '.join(gencode(architecture_list()))}",
+        "cudaflags = -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror -Werror=all-warnings -Xptxas=-v "
+        f"{' '.join(gencode(architecture_list()))}",
         "rule cxx",
         "  command = $cxx $common $cxxflags $more -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -241,7 +282,8 @@ def _ninja(module: Path, nvcc: str | None) -> str:
     lines += [
         f"build resources.h: resources {' '.join(logs)} | {ROOT / 'build_ext.py'}",
         f"build module.o: cxx {CSRC / 'module.cpp'} | resources.h build_info.h",
-        f"  more = -isystem {python} -isystem {torch}/include",
+        # pybind11 of torch 2.11 refuses to be included for the stable ABI, which this file has no use for.
+        f"  more = -UTORCH_TARGET_VERSION -isystem {python}",
         f"build {library}: link {' '.join(objects)}",
         f"  linker = {'$nvcc -cudart=static' if nvcc else '$cxx'}",
         f"  flags = {_linker_options(nvcc is not None)} -L{torch}/lib -ltorch -ltorch_cpu -lc10",

@@ -131,21 +131,25 @@ void add_relu_op(StableIValue* stack, uint64_t, uint64_t) {
   give(stack, call("aten::relu_", "", torch::stable::subtract(a, b, -1.0)));
 }
 
+struct DeleteLibrary {
+  void operator()(TorchLibraryHandle library) const { aoti_torch_delete_library_object(library); }
+};
+
 class PublicOps {
  public:
   PublicOps() {
     if (&resnet_fused_python_registers_ops) return;
-    using Kind = StableLibrary::Kind;
-    auto definitions = std::make_unique<StableLibrary>(Kind::FRAGMENT, "resnet_fused", nullptr, __FILE__, __LINE__);
-    try {
-      for (const char* schema : kSchemas) definitions->def(schema);
-    } catch (const std::exception&) {
-      return;  // they are there: the Python package came first
+    TorchLibraryHandle fragment = nullptr;
+    check(aoti_torch_library_init_fragment("resnet_fused", __FILE__, __LINE__, &fragment), "library_init_fragment");
+    std::unique_ptr<TorchLibraryOpaque, DeleteLibrary> definitions(fragment);
+    for (const char* schema : kSchemas) {
+      // StableLibrary::def of torch 2.11 drops this error.
+      if (aoti_torch_library_def(fragment, schema) != AOTI_TORCH_SUCCESS) return;  // the Python package came first
     }
     definitions_ = std::move(definitions);
     for (size_t i = 0; i < kernels_.size(); ++i) {
       const char* key = i == 0 ? "CPU" : "CUDA";
-      kernels_[i] = std::make_unique<StableLibrary>(Kind::IMPL, "resnet_fused", key, __FILE__, __LINE__);
+      kernels_[i] = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "resnet_fused", key, __FILE__, __LINE__);
       kernels_[i]->impl("add_relu", &add_relu_op);
       kernels_[i]->impl("conv_bn_act", &conv_bn_act_op);
       kernels_[i]->impl("basic_block", &block_op<2>);
@@ -154,7 +158,7 @@ class PublicOps {
   }
 
  private:
-  std::unique_ptr<StableLibrary> definitions_;
+  std::unique_ptr<TorchLibraryOpaque, DeleteLibrary> definitions_;
   std::array<std::unique_ptr<StableLibrary>, 2> kernels_;
 };
 

@@ -23,13 +23,15 @@ def library_path() -> str:
     """The path of ``libresnet_fused.so``, which a C++ program loads to run exported fused models.
 
     Once loaded (``dlopen``, or linking to it) ``resnet_fused::conv_bn_act``, ``add_relu``, ``basic_block`` and
-    ``bottleneck`` are registered with the dispatcher, without Python.
+    ``bottleneck`` are registered with the dispatcher, without Python. In this process the package's own ops stay; so
+    that torch has nothing to complain of, the library is loaded beside them here.
 
     Raises:
         FileNotFoundError: the library has not been built; the message says how to.
     """
     if not _LIBRARY.exists():
         raise FileNotFoundError(f"no compiled library at {_LIBRARY}: {_BUILD}")
+    _load()
     return str(_LIBRARY)
 
 

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
+import devices
 from torch import Tensor
 
-from resnet_fused import backends, functional
+from resnet_fused import functional
 from resnet_fused.ops.batch_norm_act.call import BatchNormCall
 
-BACKENDS = ["auto", "reference", "triton", "cuda"]
-
-
-def missing(backend: str) -> bool:
-    """Whether this backend needs a GPU, and there is none."""
-    needs_one = backend == "cuda" or (backend == "triton" and not backends.interpreting())
-    return needs_one and not torch.cuda.is_available()
+NAMES = ("auto", "reference", "triton", "cuda")
+BACKENDS = [devices.by(name) for name in NAMES]  # as parameters
+RUNNING = [name for name in NAMES if name != "cuda" or devices.HERE]
 
 
 def device_of(backend: str) -> str:
-    """Where this backend runs; the test is skipped where that is not here."""
-    if missing(backend):
-        pytest.skip("needs a CUDA GPU")
-    return "cuda" if torch.cuda.is_available() and backend in ("triton", "cuda") else "cpu"
+    """Where this backend runs."""
+    return devices.DEVICE if backend in ("triton", "cuda") else "cpu"
 
 
 def ours(call: BatchNormCall, backend: str = "auto") -> Tensor:

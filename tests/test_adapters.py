@@ -1,5 +1,6 @@
 """Which classes of blocks are taken, and which are not."""
 
+import optional
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +8,8 @@ from torch import nn
 
 import resnet_fused as rf
 from resnet_fused.testing.networks import compare, randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
 tv = torchvision.models.resnet
 FrozenBatchNorm2d = torchvision.ops.FrozenBatchNorm2d
 

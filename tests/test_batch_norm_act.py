@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
+import devices
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from norm_backends import BACKENDS, device_of, missing, ours
+from norm_backends import BACKENDS, RUNNING, device_of, ours
 from torch import Tensor, nn
 
-from resnet_fused import backends, functional
+from resnet_fused import functional
 from resnet_fused.ops.batch_norm_act.call import BatchNormCall
 from resnet_fused.ops.convbn import short_dtype
 from resnet_fused.testing.norm_cases import (
@@ -37,8 +38,7 @@ def _poison() -> Iterator[None]:
 
 
 def able(call: BatchNormCall) -> list[str]:
-    names = [name for name in backends.NAMES if backends.refusal("batch_norm_act", name, call) is None]
-    return ["auto", *names]
+    return ["auto", *devices.able("batch_norm_act", call)]
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
@@ -91,7 +91,7 @@ def test_any_shape_and_layout(data: st.DataObject) -> None:
     shape = [data.draw(st.integers(1, high)) for high in (3, 9, 5, 5)]
     if shape[0] * shape[2] * shape[3] == 1:
         shape[0] = 2
-    backend = data.draw(st.sampled_from([b for b in BACKENDS if not missing(b)]))
+    backend = data.draw(st.sampled_from(RUNNING))
     device = device_of(backend)
     order = data.draw(st.permutations(range(4)))
     step = data.draw(st.sampled_from([1, 2]))
@@ -155,7 +155,7 @@ def test_an_empty_batch(backend: str) -> None:
     assert found["num_batches_tracked"] == 3 and found["running_var"].isfinite().all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_statistics_move_once_per_replay_of_a_cuda_graph(momentum: float | None, backend: str) -> None:

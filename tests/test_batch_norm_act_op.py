@@ -99,7 +99,7 @@ def test_statistics_changed_before_the_backward_pass_are_noticed(backend: str) -
         out.backward()
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", BACKENDS[2:])
 def test_a_kernel_that_moves_statistics_says_so(backend: str) -> None:
     call = copied(NormCase(2, 5, 4, 3).make(torch.float32, device_of(backend)))
     assert call.running_mean is not None and call.running_var is not None
@@ -119,6 +119,7 @@ def test_autocast(backend: str) -> None:
     assert out.dtype == want.dtype == torch.float32
 
 
+@pytest.mark.minimum
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_as_one_graph(training: bool, backend: str) -> None:

@@ -15,7 +15,7 @@ from gpu_tools import GPU, Current, _gpu  # noqa: F401, a fixture
 from rich.console import Console
 
 from resnet_fused.testing.bench import environment, measure, program, store
-from resnet_fused.testing.bench.machine import CUDAMachine, machine_for, measure_rates
+from resnet_fused.testing.bench.machine import CUDAMachine, machine_for, measure_cache, measure_rates
 
 GRAPH = measure.GRAPH
 
@@ -133,6 +133,31 @@ def test_the_environment_of_a_cuda_device(smi, monkeypatch):
     assert store.path_for(Path("x"), facts).name == f"A-GPU-{torch.__version__}-13.0.csv"
 
 
+def test_what_eager_computes_by_is_pinned_and_recorded(smi):
+    """The search for algorithms and both precisions, whatever they were; they are as before afterwards."""
+    flags = torch.backends.cudnn, torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = flags[0].benchmark, flags[1].fp32_precision, flags[2].fp32_precision
+    try:
+        flags[0].benchmark, flags[1].fp32_precision, flags[2].fp32_precision = False, "ieee", "tf32"
+        with pytest.raises(ZeroDivisionError), environment.pinned(GPU):
+            facts = environment.describe(GPU)
+            assert facts["flags"] == "cudnn.benchmark on conv tf32 matmul ieee" and facts["tf32"] == "True"
+            raise ZeroDivisionError
+        assert environment.flags() == "cudnn.benchmark off conv ieee matmul tf32"
+        with environment.pinned(CPU):
+            assert environment.flags() == "cudnn.benchmark off conv ieee matmul tf32"
+    finally:
+        flags[0].benchmark, flags[1].fp32_precision, flags[2].fp32_precision = before
+
+
+def test_the_rate_of_a_cache_is_of_copies_in_one_graph(machine, monkeypatch):
+    monkeypatch.setattr(torch.cuda.Event, "elapsed_time", lambda self, other: 2.0)
+    captured = []
+    graph = machine.graph
+    monkeypatch.setattr(machine, "graph", lambda call: captured.append(call) or graph(call))
+    assert measure_cache(machine, 1 << 16) == pytest.approx(50 * (1 << 16) / 2e-3) and len(captured) == 1
+
+
 def test_without_nvidia_smi_the_driver_is_still_known(smi):
     smi[0].clear()
     facts = environment.describe(GPU)
@@ -177,6 +202,8 @@ def test_the_program_on_a_gpu_writes_prints_and_goes_on(smi, machine, monkeypatc
     assert {(row["driver"], row["clocks"], row["tf32"]) for row in written} == {
         ("580.1", "1980 MHz / 2619 MHz / 700.00 W", "True")
     }
+    assert {row["flags"] for row in written} == {"cudnn.benchmark on conv tf32 matmul ieee"}
+    assert environment.flags() != "cudnn.benchmark on conv tf32 matmul ieee", "as it was before"
     told = capsys.readouterr().out
     assert "absent: openvino: timed on the CPU only" in told
     assert all(text in told for text in ("cache warm", "cache cold", "fused + graph", "MiB"))

@@ -49,18 +49,25 @@ def make(cin: int, mid: int, project: bool, stride: int = 1, *, n: int = 1, h: i
 def test_the_plan_takes_the_quickest_by_the_account(
     name: str, cin: int, mid: int, stride: int, project: bool, side: int
 ) -> None:
-    """The plan counts every halo in full, so that of two kernels that are nearly equal it may take the other one."""
+    """The plan counts every halo in full, so that of two kernels that are nearly equal it may take the other one. It
+    leaves out instructions, which seldom rank two kernels differently."""
 
-    def seconds(kernel: dict[str, Any], n: int) -> float:
-        return max(whole_block.account(kernel, n, side, side).times().values())
+    def slowest(kernel: dict[str, Any], n: int) -> float:
+        times = whole_block.account(kernel, n, side, side).times()
+        return max(seconds for unit, seconds in times.items() if unit != "issue")
 
-    taken = set()
+    def predicted(kernel: dict[str, Any], n: int) -> float:
+        return whole_block.account(kernel, n, side, side).predicted()[0]
+
+    taken, slower = set(), []
     for n in (1, 2, 3, 8, 24, 32, 128, 256):
         kernel = whole_block.chosen(cin, mid, stride, project, n, side)
-        least = min(seconds(other, n) for other in whole_block.kernels(cin, mid, stride, project))
-        assert seconds(kernel, n) <= 1.06 * least
+        others = whole_block.kernels(cin, mid, stride, project)
+        assert slowest(kernel, n) <= 1.06 * min(slowest(other, n) for other in others)
+        slower.append(predicted(kernel, n) / min(predicted(other, n) for other in others))
         taken.add(kernel["name"])
     assert len(taken) > 1, "few tiles and many take the same kernel"
+    assert max(slower) < 1.2 and sorted(slower)[-2] < 1.06
 
 
 def test_other_blocks_are_refused() -> None:
@@ -80,6 +87,7 @@ def test_other_blocks_are_refused() -> None:
     assert cuda.kernel_for(projected, SM90, 132)[1] == "the shortcut is not a 1x1 convolution with the block's stride"
 
 
+@pytest.mark.minimum
 def test_on_the_cpu_it_says_why_not() -> None:
     assert cuda.supports(make(256, 64, False)) == "its kernels run on CUDA devices, x is on cpu"
     assert not block.one_kernel("bottleneck", make(256, 64, False), "cuda")
@@ -209,13 +217,13 @@ def test_resident_weights_are_read_once_by_each_block() -> None:
     [(256, 64, False), (64, 64, True), (256, 64, True), (512, 128, False), (256, 128, True), (256, 128, True, 2)],
 )
 @pytest.mark.parametrize("size", [(1, 1, 1), (2, 15, 17), (3, 56, 56)], ids=str)
+@pytest.mark.gpu
 def test_numbers_on_a_gpu(size: tuple[int, int, int], shape: tuple[Any, ...], dtype: torch.dtype) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
     n, h, w = size
     call = make(*shape, n=n, h=h, w=w, dtype=dtype, device="cuda")
     if cuda.supports(call) is not None:
-        assert "shared memory" in str(cuda.supports(call))
+        limit = torch.cuda.get_device_properties(call.x.device).shared_memory_per_block_optin
+        assert "shared memory" in str(cuda.supports(call)) and limit < SM80, "this device has room for every block"
         return
 
     def change(conv: ConvBN) -> ConvBN:

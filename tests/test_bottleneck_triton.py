@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import devices
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from resnet_fused import backends
 from resnet_fused.ops import block
 from resnet_fused.ops.block import BlockCall
 from resnet_fused.ops.conv_bn_act import reference
@@ -21,7 +21,8 @@ from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.cases import ConvCase
 
 ROOT = Path(__file__).parents[1]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = devices.DEVICE
+pytestmark = devices.PREFERRED
 
 
 def make(cin: int, mid: int, project: bool, stride: int, size: tuple[int, int, int], dtype: torch.dtype) -> BlockCall:
@@ -50,8 +51,6 @@ def make(cin: int, mid: int, project: bool, stride: int, size: tuple[int, int, i
 def test_numbers(shape: tuple[int, int, bool, int], size: tuple[int, int, int], dtype: torch.dtype) -> None:
     from resnet_fused.ops.bottleneck import triton
 
-    if backends.unavailable("triton") is not None:
-        pytest.skip(str(backends.unavailable("triton")))
     call = make(*shape, size, dtype)
     assert triton.supports(call) is None
 
@@ -82,8 +81,6 @@ def test_numbers_with_other_architectures_configs(
 def test_what_it_refuses() -> None:
     from resnet_fused.ops.bottleneck import triton
 
-    if backends.unavailable("triton") is not None:
-        pytest.skip(str(backends.unavailable("triton")))
     call = make(256, 64, False, 1, (1, 4, 4), torch.bfloat16)
     assert "no other tensor" in str(triton.supports(call._replace(identity=call.x)))
     assert "float32" in str(triton.supports(call._replace(x=call.x.float()))) or "fp32" in str(
@@ -93,39 +90,27 @@ def test_what_it_refuses() -> None:
 
 
 COMPILE = """
-from resnet_fused.ops.bottleneck import triton_config, triton_kernel
+import torch
+from resnet_fused.ops.bottleneck import triton, triton_config
 from resnet_fused.ops.conv_bn_act.triton_config import shared_limit
-from resnet_fused.testing.triton_compile import resource_usage
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from resnet_fused.testing.triton_driver import launches
+from tests.test_bottleneck_triton import make
 
+choose = triton_config.config
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 for cin, mid, stride, project in ((256, 64, 1, 0), (64, 64, 1, 1), (256, 64, 1, 1), (512, 128, 1, 0), (256, 128, 1, 1),
                                   (256, 128, 2, 1)):
+    call = make(cin, mid, bool(project), stride, (2, 28, 28), torch.bfloat16)
     for capability, matrix in MATRIX.items():
-        config = triton_config.config(mid, stride, capability)
-        constants = triton_config.constants(cin, mid, stride, project, config)
-        names = triton_kernel.bottleneck.arg_names
-        for name in names:  # what is absent is a constant, as it is in a launch
-            if name.startswith("bias") or (not project and name in ("wp", "meanp", "varp", "gammap", "betap")):
-                constants[name] = None
-        sizes = ("tiles", "tiles_h", "tiles_w", "h", "w", "p", "q", "x_n", "x_h", "x_w")
-        types = {name: "fp32" if name.startswith("eps") else "i32" if name in sizes else "*bf16" for name in names}
-        signature = {name: "constexpr" if name in constants else types[name] for name in names}
-        aligned = [i for i, name in enumerate(names) if signature[name] == "*bf16" or name in ("x_n", "x_h", "x_w")]
-        attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
-        source = ASTSource(triton_kernel.bottleneck, signature, constants, attrs)
-        options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        usage = resource_usage(compiled.asm["cubin"])
-        what = (cin, mid, stride, project, capability, usage, compiled.metadata.shared)
-        assert usage["STACK"] == usage["LOCAL"] == 0, what
-        assert compiled.metadata.shared <= shared_limit(capability), what
-        assert matrix in compiled.asm["ptx"], what
+        triton_config.config = lambda mid, stride, _: choose(mid, stride, capability)
+        with launches(capability, shared_limit(capability)) as kernels:
+            triton.run(call)
+        (kernel,) = kernels
+        assert kernel.faults() == [] and matrix in kernel.ptx, (cin, mid, stride, project, kernel)
 """
 
 
+@pytest.mark.minimum
 def test_it_compiles_for_every_architecture_without_spills() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE], env=environment, capture_output=True,

@@ -2,14 +2,16 @@
 
 import copy
 
+import optional
 import pytest
 import torch
 
 import resnet_fused as rf
 from resnet_fused.testing.networks import randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
+
+pytestmark = pytest.mark.minimum
 
 
 @pytest.fixture(autouse=True)

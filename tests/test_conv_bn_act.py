@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 
+import devices
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,7 @@ def assert_right(call: ConvBNActCall, backend: str) -> None:
     assert significant(out) == significant(eager)
 
 
+@pytest.mark.minimum
 @pytest.mark.parametrize("channels_last", [True, False], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONV_CASES + RESNET_CASES, ids=ConvCase.id)
@@ -78,14 +80,13 @@ def test_onednn_is_within_the_budget(case: ConvCase, dtype: torch.dtype, channel
     assert_right(call, "onednn")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["auto", "cudnn", "triton", "cuda"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONV_CASES + RESNET_CASES, ids=ConvCase.id)
 def test_cuda_backends_are_within_the_budget(case: ConvCase, dtype: torch.dtype, backend: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
     call = case.make(dtype, "cuda")
-    if backend != "auto" and backends.refusal("conv_bn_act", backend, call) is not None:
+    if backend != "auto" and devices.refused("conv_bn_act", backend, call):
         with pytest.raises(backends.BackendError, match=backend):
             api.compute(call, backend)
         return
@@ -199,7 +200,7 @@ def test_nan_and_infinities_pass_as_in_eager(special: float, device: str) -> Non
     assert call.residual is not None
     call.residual[0, 5, 0, 0] = special
     eager = reference.run(call)
-    for name in [n for n in backends.NAMES if backends.refusal("conv_bn_act", n, call) is None]:
+    for name in devices.able("conv_bn_act", call):
         out = api.compute(call, name)
         assert torch.equal(out.isnan(), eager.isnan()), name
         assert torch.equal(out.isinf(), eager.isinf()), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import optional
 import pytest
 import torch
 from hypothesis import given
@@ -19,6 +20,8 @@ from resnet_fused.ops.convbn import ConvBNActCall
 from resnet_fused.ops.cpu_convolution import Convolution, Method
 from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.cases import ConvCase, double, in_format
+
+optional.needs_the_library()
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 DIRECT, WINOGRAD = Method
@@ -67,6 +70,7 @@ def assert_right(call: ConvBNActCall, out: Tensor) -> None:
     assert_within_budget(out, reference.run(call), reference.run(double(call)), other)
 
 
+@pytest.mark.minimum
 @pytest.mark.parametrize(
     ("way", "case"), CASES, ids=lambda v: v.id() if isinstance(v, ConvCase) else f"{v[0].name}-{v[2]}"
 )
@@ -197,6 +201,7 @@ def projection(inputs: int, outputs: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
+@pytest.mark.minimum
 @pytest.mark.parametrize("dtype", list(dict.fromkeys(way[1] for way in WAYS)), ids=str)
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_a_block_is_one_call_of_the_library(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +218,7 @@ def test_a_block_is_one_call_of_the_library(kind: str, dtype: torch.dtype, monke
     x = torch.randn(5, channels, 9, 7).to(dtype)
     eager = rf.unfuse(block)
     monkeypatch.setattr(workspace, "LARGEST_BUFFER", 2 * 9 * 7 * 128 * x.element_size())  # two images, two, and one
-    block._fused = dataclasses.replace(block._fused, backend="cpu")
+    block._rf_state = dataclasses.replace(block._rf_state, backend="cpu")
     with torch.no_grad():
         out = block(x)
         exact = copy.deepcopy(eager).double()(x.double())

@@ -46,6 +46,7 @@ def chosen(call, requested="auto"):
     return backends.choose("conv_bn_act", call, requested, ("cudnn", "reference"))
 
 
+@pytest.mark.minimum
 def test_it_is_tried_once_for_each_problem_and_then_serves(aten):
     call, other = CASE.make(torch.float32), ConvCase(1, 16, 6, 6, 16, kernel=3, padding=1, residual=True)
     assert [chosen(call) for _ in range(3)] == [cudnn] * 3 and aten.calls == 1

@@ -10,6 +10,7 @@ import importlib
 import json
 
 import numpy as np
+import optional
 import pytest
 import torch
 from torch import nn
@@ -24,13 +25,13 @@ from resnet_fused.testing.family_models import FAMILIES, Candidate
 from resnet_fused.testing.models import load
 from resnet_fused.testing.stand_ins import STAND_INS
 from resnet_fused.testing.statistics import calibrate
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
 tv = torchvision.models.resnet
 
 
 def candidate(family, name):
+    optional.needs(*FAMILIES[family].packages)
     return next(c for c in FAMILIES[family].models() if c.name == name)
 
 
@@ -138,6 +139,7 @@ REFUSED = {  # a model with such a block, as the table words its reason
 
 @pytest.mark.parametrize("spec", REFUSED)
 def test_relatives_are_left_alone(spec):
+    optional.needs(*[source for source in [spec.partition(":")[0]] if source in ("timm", "torchvision")])
     with torch.device("meta"):
         model = load(spec)
     report = rf.explain(model)
@@ -146,14 +148,15 @@ def test_relatives_are_left_alone(spec):
     assert {e.reason for e in report.skipped if e.kind != "stem"} == ({REFUSED[spec]} - {None})
 
 
-INSTALLED = ("torchvision.", "timm.", "segmentation_models_pytorch.", "open_clip.", "monai.", "transformers.")
+PACKAGES = ("torchvision", "timm", "segmentation_models_pytorch", "open_clip", "monai", "transformers")
+INSTALLED = tuple(f"{name}." for name in PACKAGES if not optional.missing(name))
 
 
 def test_the_tables_name_classes_that_exist():
     """A class that its package has renamed would be left alone without a word."""
     names = [*adapters._BLOCKS, *adapters._REFUSED, *adapters._STEMS]
     present = [name for name in names if name.startswith(INSTALLED)]
-    assert len(present) > 20
+    assert len(present) > 20 or optional.missing(*PACKAGES)
     for name in present:
         module, _, cls = name.rpartition(".")
         assert issubclass(getattr(importlib.import_module(module), cls), nn.Module), name
@@ -188,7 +191,7 @@ def test_calibrated_models_are_tame_on_other_images():
 
 def test_the_survey_sees_a_wrong_answer(monkeypatch):
     wrong = torch.add
-    monkeypatch.setattr(rf.FusedBasicBlock, "_op", staticmethod(lambda x, *a, **k: wrong(x, 1)))
+    monkeypatch.setattr(rf.FusedBasicBlock, "_rf_op", staticmethod(lambda x, *a, **k: wrong(x, 1)))
     row = Row("sample")
     make = lambda: nn.Sequential(torchvision.models.resnet.BasicBlock(3, 3))  # noqa: E731
     add(row, Candidate("wrong", make))
@@ -197,6 +200,7 @@ def test_the_survey_sees_a_wrong_answer(monkeypatch):
 
 def photographs(size):
     """Scikit-learn's two photographs, ``[3, size, size·3/2]`` each."""
+    optional.needs("sklearn")
     from sklearn.datasets import load_sample_images
 
     images = [torch.from_numpy(np.array(i)).permute(2, 0, 1).float()[None] / 255

@@ -179,7 +179,6 @@ def test_another_relu_of_that_name_is_not_taken():
 
     namespace = {"F": type("F", (), {"relu": staticmethod(fake)}), "torch": torch}
     forward = type(Functional.forward)(Functional.forward.__code__, namespace)
-    adapters.source._read.cache_clear()
     block = type("Faked", (Parts,), {"forward": forward})(8, 8).eval()
     assert not rf.explain(block).fused
     assert rf.explain(Functional(8, 8)).fused

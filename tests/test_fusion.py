@@ -5,6 +5,7 @@ import copy
 import io
 import pickle
 
+import optional
 import pytest
 import torch
 from torch import nn
@@ -12,9 +13,8 @@ from torch.nn.utils import parametrizations, prune
 
 import resnet_fused as rf
 from resnet_fused.testing.networks import compare, randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
 tv = torchvision.models.resnet
 FrozenBatchNorm2d = torchvision.ops.FrozenBatchNorm2d
 

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 
+import optional
 import pytest
 import torch
 from torch import nn
@@ -9,9 +10,8 @@ from torch.nn.utils import parametrizations
 
 import resnet_fused as rf
 from resnet_fused.testing.networks import compare, randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
 tv = torchvision.models.resnet
 
 
@@ -75,7 +75,7 @@ def test_data_writes_are_seen_after_refresh():
         assert compare(fused, rf.unfuse(fused), image()).ok
 
 
-@pytest.mark.parametrize("drop", [lambda b: b.train(), lambda b: b.float(), lambda b: b.refresh(),
+@pytest.mark.parametrize("drop", [lambda b: b.train(), lambda b: b.float(), rf.refresh,
                                   lambda b: b.load_state_dict(b.state_dict())],
                          ids=["train", "apply", "refresh", "load_state_dict"])  # fmt: skip
 def test_what_backends_packed_is_dropped(drop, monkeypatch):
@@ -105,8 +105,8 @@ def test_fusing_twice_changes_the_backend_alone():
     again = rf.fuse(fused, backend="reference")
     assert type(again) is type(fused)
     assert {e.backend for e in rf.report(again)} == {"reference"}
-    assert {e.backend for e in rf.report(fused)} != set() and again.layer1[0]._fused.backend == "reference"
-    assert fused.layer1[0]._fused.backend == "auto"
+    assert {e.backend for e in rf.report(fused)} != set() and again.layer1[0]._rf_state.backend == "reference"
+    assert fused.layer1[0]._rf_state.backend == "auto"
     with torch.no_grad():
         assert torch.equal(rf.unfuse(again)(image()), small()(image()))
 

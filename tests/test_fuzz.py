@@ -7,15 +7,15 @@ import copy
 
 import hypothesis
 import hypothesis.strategies as st
+import optional
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import resnet_fused as rf
 from resnet_fused.testing.networks import compare, randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
 tv = torchvision.models.resnet
 FrozenBatchNorm2d = torchvision.ops.FrozenBatchNorm2d
 

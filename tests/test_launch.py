@@ -162,11 +162,8 @@ def test_no_kernel_adds_atomically():
         assert not re.search(r"tl\.atomic|\batomic(Add|Max|Min|CAS|Exch)\b|\bred\.(global|shared)", text)
 
 
-needs_one = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a CUDA GPU")
-
-
-@needs_two
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a CUDA GPU: a second one")
 @pytest.mark.parametrize("backend", ["triton", "cudnn", "cuda", "auto"])
 def test_the_second_gpu_computes_what_lies_there(backend):
     call = ConvCase(2, 16, 8, 8, 16, kernel=3, padding=1).make(torch.float16, "cuda:1")
@@ -178,7 +175,7 @@ def test_the_second_gpu_computes_what_lies_there(backend):
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
 
 
-@needs_one
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "cudnn", "cuda", "auto"])
 def test_a_side_stream_is_waited_for(backend):
     call = ConvCase(2, 64, 56, 56, 64, kernel=3, padding=1).make(torch.float16, "cuda")

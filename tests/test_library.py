@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
 import torch
 
 import resnet_fused as rf
 from resnet_fused import backends, extension
 from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.networks import randomise_norms
+
+pytestmark = pytest.mark.minimum
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent / "library"
@@ -87,15 +92,17 @@ def test_importing_loads_no_compiled_library(library: str) -> None:
     assert done.stdout.split() == ["False", "False", "None", "True"], done.stderr
 
 
-def test_loading_after_the_package_changes_nothing(library: str) -> None:
+@pytest.mark.parametrize("path", ["rf.library_path()", "str(rf.extension._LIBRARY)"], ids=["asked for", "known"])
+def test_loading_after_the_package_changes_nothing(library: str, path: str) -> None:
     code = (
         "import torch, resnet_fused as rf\n"
-        "torch.ops.load_library(rf.library_path())\n"
+        f"torch.ops.load_library({path})\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         "print(has('resnet_fused::conv_bn_act', 'CPU'), has('resnet_fused::conv_bn_act', 'CompositeExplicitAutograd'))"
     )
     done = python(code)
     assert done.stdout.split() == ["False", "True"], done.stderr
+    assert "library_path" not in path or "aoti_torch" not in done.stderr  # torch logs every refused registration
 
 
 def test_a_library_that_does_not_load_says_so(library: str, tmp_path: Path) -> None:
@@ -157,10 +164,9 @@ def test_a_program_without_python_runs_an_exported_model(library: str, tmp_path:
     assert_within_budget(out, want, exact, fused(x).detach())
 
 
-def test_cuda_is_a_backend_that_says_why_it_is_not_here() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("a GPU is here")
-    assert backends.unavailable("cuda") == "no CUDA device"
+def test_cuda_is_a_backend_that_says_why_it_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backends._unavailable.__wrapped__("cuda") == "no CUDA device"
 
 
 @pytest.mark.parametrize(
@@ -195,6 +201,48 @@ def test_no_gpu_is_asked_for_when_building(monkeypatch: pytest.MonkeyPatch) -> N
 def test_bad_architectures_are_named(given: str) -> None:
     with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: got"):
         build_ext.gencode(given)
+
+
+class TestWhatDoesNotCompile:
+    """A compiler that refuses: said on stderr with what it said, and no library of an earlier build stays."""
+
+    @pytest.fixture
+    def command(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+        compiler = tmp_path / "refusing-c++"
+        compiler.write_text(
+            "#!/bin/sh\ntest \"$1\" = --version && echo 1.0 && exit\necho 'no such macro' >&2; exit 1\n"
+        )
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CXX", str(compiler))
+        monkeypatch.setattr(build_ext, "ROOT", tmp_path)
+        monkeypatch.setattr(build_ext, "find_nvcc", lambda: str(compiler))
+        monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        if shutil.which("ninja") is None:
+            pytest.skip("ninja is not on PATH")
+        command = build_ext.BuildLibrary(setuptools.Distribution())
+        monkeypatch.setattr(command, "get_ext_fullpath", lambda name: str(tmp_path / "package" / "_C.so"))
+        (tmp_path / "package").mkdir()
+        (tmp_path / "build_ext.py").touch()
+        for name in ("_C.so", build_ext.LIBRARY):
+            (tmp_path / "package" / name).write_text("old")
+        return command
+
+    def test_nothing_stops_where_it_was_not_asked_for(
+        self, command: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("RESNET_FUSED_CUDA", "auto")
+        command.run()
+        said = capfd.readouterr().err
+        assert "no such macro" in said and re.search(r"NO COMPILED LIBRARY: \S+\.(cpp|cu)\b.* failed here", said)
+        assert command.get_outputs() == []
+
+    def test_everything_stops_where_it_was(
+        self, command: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("RESNET_FUSED_CUDA", "1")
+        with pytest.raises(SystemExit, match=r"NO COMPILED LIBRARY: \S+\.(cpp|cu)\b.* failed here"):
+            command.run()
+        assert "no such macro" in capfd.readouterr().err and command.get_outputs() == []
 
 
 class TestWhatIsAbsent:

@@ -5,6 +5,7 @@ Ray runs in processes on this machine, with no dashboard and no statistics sent.
 
 import asyncio
 import concurrent.futures
+import importlib
 import importlib.util
 import io
 import json
@@ -15,24 +16,21 @@ import types
 import urllib.error
 import urllib.request
 
-import pandas
+import optional
 import pytest
-import ray
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 
 import resnet_fused as rf
 from resnet_fused.cli import main as command
-from resnet_fused.recipes import classifier as recipe
 from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.models import ModelError, load
 from resnet_fused.testing.statistics import calibrate
-from resnet_fused.testing.torchvision_compat import import_torchvision
 from resnet_fused.training import CheckpointError, DataError, image_folder
 
-torchvision = import_torchvision()
-timm = importlib.import_module("timm")
+torchvision = optional.torchvision()
+optional.needs("PIL", "safetensors")
+recipe = importlib.import_module("resnet_fused.recipes.classifier")
+Image, load_file = importlib.import_module("PIL.Image"), importlib.import_module("safetensors.torch").load_file
 MODEL = "torchvision:resnet18"
 
 
@@ -77,6 +75,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine():
     """Ray with two slots for processes, each of one thread."""
+    ray = pytest.importorskip("ray", reason="ray is not installed")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RAY_USAGE_STATS_ENABLED", "RAY_DATA_DISABLE_PROGRESS_BARS"):
             patch.setenv(name, "01"[name.endswith("BARS")])
@@ -105,6 +104,7 @@ def eager_answers(weights, images):
 def test_a_folder_is_classified_as_eager_does(engine, weights, folder, tmp_path, capsys):
     from resnet_fused.recipes import ray_data
 
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     out = str(tmp_path / "found.parquet")
     assert ray_data.main([str(folder), "--model", MODEL, "--weights", weights, "--out", out, "--batch", "4"]) == 0
     table = pandas.read_parquet(out)
@@ -122,6 +122,7 @@ def test_a_folder_is_classified_as_eager_does(engine, weights, folder, tmp_path,
 
 
 def test_an_actor_fuses_one_model_and_warms_it_up_once(weights, monkeypatch):
+    optional.needs("ray")
     from resnet_fused.recipes import ray_data
 
     calls = []
@@ -136,6 +137,7 @@ def test_an_actor_fuses_one_model_and_warms_it_up_once(weights, monkeypatch):
 
 
 def test_requests_that_come_together_are_one_batch(weights, monkeypatch):
+    optional.needs("ray")
     from ray import serve
 
     # A module of its own: once its queue has run here the deployment could not be sent to Ray any more.
@@ -182,6 +184,7 @@ def test_what_train_wrote_needs_nothing_else(tmp_path, capsys):
 
 
 def test_what_cannot_be_loaded_says_why(weights, tmp_path):
+    optional.needs("timm")
     from resnet_fused.training import checkpoint
 
     with pytest.raises(ModelError, match="need weights"):
@@ -215,6 +218,7 @@ def test_an_empty_folder_is_named(engine, weights, tmp_path):
 
 
 def timms_transform(model):
+    timm = importlib.import_module("timm")
     return timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 
 
@@ -227,6 +231,7 @@ def timms_transform(model):
     ],
 )
 def test_the_transform_is_that_of_the_models_weights(name, transform, tmp_path):
+    optional.needs(name.partition(":")[0])
     model = load(name)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     found = recipe.load(name, str(tmp_path / "weights.pth"))

@@ -6,19 +6,19 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import devices
+import optional
 import pytest
 import torch
 from torch import Tensor, nn
 
 import resnet_fused as rf
-from resnet_fused import backends
 from resnet_fused.ops import residual_block
 from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.networks import randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 from resnet_fused.testing.training import saved_bytes
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
 tv = torchvision.models.resnet
 RECOMPUTE = ["activations", "last_conv"]
 
@@ -84,12 +84,14 @@ def test_to_the_bit_what_is_kept_otherwise(name: str, recompute: str) -> None:
         assert torch.equal(value, less[key]), key
 
 
-@pytest.mark.skipif(backends.unavailable("triton") is not None, reason=str(backends.unavailable("triton")))
+@pytest.mark.parametrize("backend", [devices.by("triton")])
 @pytest.mark.parametrize("name", ["basic-stride2", "bottleneck"])
-def test_by_triton(name: str) -> None:
-    eager = randomise_norms(BLOCKS[name]()).train()
+def test_by_triton(name: str, backend: str) -> None:
+    pytest.importorskip("triton")
+    eager = randomise_norms(BLOCKS[name]()).train().to(devices.DEVICE)
     x = torch.randn(3, next(eager.parameters()).shape[1], 10, 8).contiguous(memory_format=torch.channels_last)
-    plain, *others = (step(rf.fuse(eager, backend="triton", recompute=r), x) for r in (None, *RECOMPUTE))
+    x = x.to(devices.DEVICE)
+    plain, *others = (step(rf.fuse(eager, backend=backend, recompute=r), x) for r in (None, *RECOMPUTE))
     for less in others:
         for key, value in plain.items():
             assert torch.equal(value, less[key]), key
@@ -192,6 +194,7 @@ def test_autocast(recompute: str) -> None:
         torch.testing.assert_close(ours[key], value, rtol=0, atol=0)
 
 
+@pytest.mark.minimum
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_compiles_as_one_graph(recompute: str) -> None:
     block = rf.fuse(randomise_norms(BLOCKS["basic"]()).train(), recompute=recompute)
@@ -225,9 +228,9 @@ def test_choices_are_checked_and_kept() -> None:
     with pytest.raises(ValueError, match="recompute: got 'all'"):
         rf.fuse(tv.BasicBlock(8, 8), recompute="all")
     block = rf.FusedBasicBlock(8, 8, recompute="last_conv")
-    assert copy.deepcopy(block)._fused.recompute == "last_conv"
-    assert rf.fuse(block)._fused.recompute is None
-    assert rf.FusedBasicBlock.from_block(block, recompute="activations")._fused.recompute == "activations"
+    assert copy.deepcopy(block)._rf_state.recompute == "last_conv"
+    assert rf.fuse(block)._rf_state.recompute is None
+    assert rf.FusedBasicBlock.from_block(block, recompute="activations")._rf_state.recompute == "activations"
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -11,21 +12,21 @@ import sys
 import time
 from pathlib import Path
 
+import optional
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
-from safetensors.torch import load_file
 from torch import nn
 
 import resnet_fused as rf
 from resnet_fused.cli import main
 from resnet_fused.cli import train as train_command
-from resnet_fused.testing.torchvision_compat import import_torchvision
 from resnet_fused.training import CheckpointError, checkpoint, transfer
 from resnet_fused.training import loop as training_loop
 
-import_torchvision()
+optional.torchvision()
+optional.needs("PIL", "safetensors")
+Image, load_file = importlib.import_module("PIL.Image"), importlib.import_module("safetensors.torch").load_file
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--epochs", "2", "--batch", "4", "--size", "8", "--device", "cpu", "--workers", "0", "--deterministic")

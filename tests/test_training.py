@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import optional
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,10 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import resnet_fused as rf
 from resnet_fused.testing.networks import randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 from resnet_fused.testing.training import Run, learn, small_digits, twins
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
 tv = torchvision.models.resnet
 RECOMPUTE = [None, "activations", "last_conv"]
 

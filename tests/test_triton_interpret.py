@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import devices
 import numpy as np
 import pytest
 import torch
@@ -25,7 +26,7 @@ from resnet_fused.ops.convbn import ConvBNActCall, short_dtype
 from resnet_fused.testing.budget import assert_within_budget
 from resnet_fused.testing.cases import CONV_CASES, ConvCase, double
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = devices.DEVICE
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SENTINEL = 777.0
 
@@ -33,7 +34,7 @@ SENTINEL = 777.0
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered"),
     pytest.mark.filterwarnings("ignore:overflow encountered"),
-    pytest.mark.skipif(backends.unavailable("triton") is not None, reason=str(backends.unavailable("triton"))),
+    *devices.PREFERRED,
 ]
 
 
@@ -61,6 +62,7 @@ def kinds(call: ConvBNActCall) -> list[ConvConfig]:
     return list(found.values())
 
 
+@pytest.mark.minimum
 @pytest.mark.parametrize("dtype", DTYPES, ids=short_dtype)
 @pytest.mark.parametrize("case", CONV_CASES, ids=ConvCase.id)
 def test_every_case_by_every_kind_of_kernel(case: ConvCase, dtype: torch.dtype) -> None:

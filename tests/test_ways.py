@@ -5,6 +5,7 @@ import pickle
 import threading
 
 import numpy as np
+import optional
 import pytest
 import torch
 import torch._dynamo.testing
@@ -14,11 +15,9 @@ import resnet_fused as rf
 from resnet_fused.ops.tensor_cache import CACHE
 from resnet_fused.testing.budget import measure
 from resnet_fused.testing.networks import compare, randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
 tv = torchvision.models.resnet
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 class WithHead(nn.Module):
@@ -100,7 +99,7 @@ def test_warmup_packs_weights():
     assert len(CACHE) > 0 or not torch.backends.mkldnn.is_available()
 
 
-@cuda
+@pytest.mark.gpu
 def test_cuda_graph_after_warmup():
     fused = fused_model().cuda()
     x = image().cuda()
@@ -245,9 +244,9 @@ def test_load_state_dict_after_fusing(assign):
 @pytest.mark.parametrize("dynamo", [True, False], ids=["exporter", "torchscript"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_onnx(dynamo, tmp_path):
-    import onnx
-    import onnxruntime
-
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    optional.needs("onnxscript")
     fused, path = fused_model(), str(tmp_path / "model.onnx")
     batch = {"dynamic_shapes": ({0: torch.export.Dim("n", min=1, max=64)},)} if dynamo else {"dynamic_axes": {"x": [0]}}
     torch.onnx.export(fused, (image(),), path, dynamo=dynamo, verbose=False, input_names=["x"], **batch)

@@ -77,7 +77,11 @@ TRAPS = (
     trap(
         "batch norm without running statistics",
         "test_fusion_traps::test_parts_left_alone test_modules::test_no_running_statistics_means_the_batchs",
-        ("resnet_fused/fusion/match.py", "if norm.running_mean is None or norm.running_var is None:", "if False:"),
+        (
+            "resnet_fused/modules/guards.py",
+            'if _tensor(norm, norm._buffers, "running_mean") is None or',
+            "if False and",
+        ),
     ),
     trap(
         "int32 overflow",
@@ -205,7 +209,7 @@ TRAPS = (
     trap(
         "hooks bypassed",
         "test_fusion_traps::test_inner_hooks_before_fusion test_fusion_traps::test_inner_hooks_after_fusion_fire",
-        ("resnet_fused/modules/parts.py", "module._forward_hooks\n        or ", ""),
+        ("resnet_fused/modules/guards.py", "module._forward_hooks\n        or ", ""),
     ),
     trap(
         "replicas share a cache",

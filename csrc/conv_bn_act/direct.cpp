@@ -48,7 +48,7 @@ void convolve(const Problem& problem, bool bf16, Run* run) {
   const Tensor buffers = torch::stable::empty({room * threads}, ScalarType::Float);
   torch::stable::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
     uint32_t thread = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+    check(torch_get_thread_idx(&thread), "get_thread_idx");
     float* const buffer = static_cast<float*>(buffers.data_ptr()) + room * thread;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t pixel = item % blocks * block, panel = item / blocks * share;

@@ -120,8 +120,11 @@ Tensor Prepared::operator()(const Tensor& x, const OptionalTensor& residual, boo
     return call("mkldnn::_convolution_pointwise", "", x, weight_, bias, padding_, stride_, dilation_, groups_,
                 std::string("none"), no_scalars, none);
   }
-  if (into_residual) {
-    return call("mkldnn::_convolution_pointwise_", "binary", *residual, x, weight_, bias, padding_, stride_, dilation_,
+  // A sum of one channel, or else of one pixel, may be of either memory format: torch 2.11 fails to make a new one.
+  const bool either = (residual->size(1) == 1) != (residual->size(2) * residual->size(3) == 1);
+  if (into_residual || either) {
+    const Tensor sum = into_residual ? *residual : torch::stable::clone(*residual);
+    return call("mkldnn::_convolution_pointwise_", "binary", sum, x, weight_, bias, padding_, stride_, dilation_,
                 groups_, std::string("add"), none, none, no_scalars, none);
   }
   return call("mkldnn::_convolution_pointwise", "binary", x, *residual, weight_, bias, padding_, stride_, dilation_,

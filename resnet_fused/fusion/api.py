@@ -85,16 +85,18 @@ def fuse(
         _check_strict(model, filter_fn)
     if not inplace:
         model = copy.deepcopy(model)
+    channels_last = memory_format is torch.channels_last
     for name, module, found in list(_matches(model)):
         if found.spec is None or (filter_fn is not None and not filter_fn(name, module)):
             continue
         if isinstance(module, FusedModule):
-            state = dataclasses.replace(module._fused, backend=backend, recompute=recompute)
-            module._fused = dataclasses.replace(state, channels_last=memory_format is torch.channels_last)
+            module.__dict__["_rf_state"] = dataclasses.replace(
+                module._rf_state, backend=backend, recompute=recompute, channels_last=channels_last
+            )
         elif found.reason is None and found.fused is not None:
-            adopt(module, found.fused, FusedState(found.spec, backend, recompute, memory_format is torch.channels_last))
+            adopt(module, found.fused, FusedState(found.spec, backend, recompute, channels_last, found.matched))
     if generic:
-        fuse_generic(model, backend, filter_fn, memory_format)
+        fuse_generic(model, backend, filter_fn, channels_last)
     if tune is not None:
         from resnet_fused.tuning import tuner
 
@@ -136,7 +138,7 @@ def unfuse(model: M, *, inplace: bool = False) -> M:
     for name, module in list(model.named_modules()):
         if not isinstance(module, FusedModule):
             continue
-        if original_class(module) is None and hasattr(type(module), "_original_class"):
+        if original_class(module) is None and hasattr(type(module), "_rf_original_class"):
             raise RuntimeError(
                 f"model: the class of {name or 'the model'} was changed after fusion, to {type(module).__name__}; "
                 "undo that before unfuse"
@@ -181,7 +183,7 @@ def report(model: nn.Module, *, generic: bool = False) -> FusionReport:
     entries = []
     for name, module, found in _matches(model):
         if isinstance(module, FusedModule):
-            entries.append(_entry(name, module, found, found.reason, module._fused.backend))
+            entries.append(_entry(name, module, found, found.reason, module._rf_state.backend))
         else:
             entries.append(_entry(name, module, found, found.reason or NOT_FUSED, ""))
     if generic or any(isinstance(module, FusedForward) for module in model.modules()):

@@ -195,7 +195,7 @@ class _Rewriter:
         with self.graph.inserting_before(node if residual is None else residual[0]):
             arguments = [self.graph.get_attr(conv_name), self.graph.get_attr(norm_name)]
             activation = act if isinstance(act, str) else self.graph.get_attr(str(last.target))
-            backend = self.graph.get_attr("_fused.backend")
+            backend = self.graph.get_attr("_rf_state.backend")
             term = None if residual is None else residual[1]
             fused = self.graph.call_function(conv_norm_act, (node.args[0], *arguments, activation, term, backend))
         self._replace(last, fused, [norm, node] if residual is None else [residual[0], norm, node])
@@ -247,7 +247,7 @@ class _Rewriter:
         with self.graph.inserting_before(node):
             activation = act if isinstance(act, str) else self.graph.get_attr(str(relu.target))
             fused = self.graph.call_function(
-                sum_relu, (a, b, activation, inplace, self.graph.get_attr("_fused.backend"))
+                sum_relu, (a, b, activation, inplace, self.graph.get_attr("_rf_state.backend"))
             )  # fmt: skip
         self._replace(relu, fused, [node])
 

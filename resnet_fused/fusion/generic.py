@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from resnet_fused import backends
@@ -29,9 +28,8 @@ Filter = Callable[[str, nn.Module], bool]
 NOT_FUSED = "can be fused, but fuse was not asked to"
 
 
-def fuse_generic(model: nn.Module, backend: str, filter_fn: Filter | None, memory_format: torch.memory_format) -> None:
+def fuse_generic(model: nn.Module, backend: str, filter_fn: Filter | None, channels_last: bool) -> None:
     """Fuse, in place, the chains in every module that is not taken by an adapter already."""
-    channels_last = memory_format is torch.channels_last
     for name, module in list(_owners(model, set())):
 
         def wanted(chain: Chain, part: nn.Module, name: str = name) -> bool:
@@ -41,8 +39,8 @@ def fuse_generic(model: nn.Module, backend: str, filter_fn: Filter | None, memor
         if not plans:
             continue
         if isinstance(module, FusedForward):
-            module._fused = dataclasses.replace(
-                module._fused, backend=backend, plans=plans, channels_last=channels_last
+            module.__dict__["_rf_state"] = dataclasses.replace(
+                module._rf_state, backend=backend, plans=plans, channels_last=channels_last
             )
         else:
             adopt(module, FusedForward, TracedState(NO_SPEC, backend, channels_last=channels_last, plans=plans))
@@ -58,9 +56,9 @@ def generic_entries(
     entries: dict[str, FusionEntry] = {}
     for name, module in _owners(model, taken):
         fused = module if isinstance(module, FusedForward) else None
-        by = backend or (backends.AUTO if fused is None else fused._fused.backend)
-        planned = {c.name for plan in fused._fused.plans for c in plan.chains} if fused else set()
-        stale = next((r for plan in fused._fused.plans if (r := plan.refusal(module))), None) if fused else None
+        by = backend or (backends.AUTO if fused is None else fused._rf_state.backend)
+        planned = {c.name for plan in fused._rf_state.plans for c in plan.chains} if fused else set()
+        stale = next((r for plan in fused._rf_state.plans if (r := plan.refusal(module))), None) if fused else None
         for item in analyse(module, by).found:
             chain, label = item.chain, _label(name, item.chain)
             conv = None if chain.conv is None else find(module, chain.conv)
@@ -82,7 +80,7 @@ def taken_by(module: nn.Module, spec: BlockSpec) -> set[int]:
     called: list[Any] = [live.lookup(module, path) for paths in spec.extras for path in paths]
     if spec.shortcut is not None:
         shortcut = live.shortcut(live.lookup(module, spec.shortcut))
-        called += shortcut.before if isinstance(shortcut, live.Projection) else [shortcut]
+        called += shortcut.before if isinstance(shortcut, live.Projection) else [shortcut and shortcut.module]
     spare = {id(m) for found in called if isinstance(found, nn.Module) for m in found.modules()}
     return {id(m) for m in module.modules()} - spare
 
@@ -91,7 +89,7 @@ def _owners(model: nn.Module, taken: set[int]) -> Iterator[tuple[str, nn.Module]
     """The modules whose forward may hold chains that no adapter takes."""
     for module in model.modules():
         if isinstance(module, FusedBlock):
-            taken = taken | taken_by(module, module._fused.spec)
+            taken = taken | taken_by(module, module._rf_state.spec)
     for name, module in model.named_modules():
         if id(module) in taken or (isinstance(module, FusedModule) and not isinstance(module, FusedForward)):
             continue

@@ -107,7 +107,7 @@ def trace(module: nn.Module, expand: frozenset[str] = frozenset()) -> tuple[Trac
 def _trace(
     module: nn.Module, forward: FunctionType, names: tuple[str, ...], kind: type, expand: frozenset[str]
 ) -> tuple[Trace, bool]:
-    tracer = _Tracer(names, kind, expand, "forward" if original_class(module) is None else "_original_forward")
+    tracer = _Tracer(names, kind, expand, "forward" if original_class(module) is None else "_rf_original_forward")
     with _LOCK, _evaluating(module), _watching(module) as seen, _NoTensors():
         try:
             graph = tracer.trace(module)

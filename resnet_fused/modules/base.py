@@ -8,10 +8,12 @@ whatever cannot be fused at the moment, and undoing it is giving the class back.
 from __future__ import annotations
 
 import copyreg
+import inspect
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from resnet_fused.modules.spec import FusedState
@@ -23,39 +25,48 @@ M = TypeVar("M", bound="FusedModule")
 class FusedModule(nn.Module):
     """A module that computes parts of itself with fused ops. It holds the original parameters and buffers only."""
 
-    _fused: FusedState
+    _rf_state: FusedState
 
-    def fused_parts(self) -> Iterable[nn.Module]:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """The user's own hook has seen the user's class; one that is derived from it is no class of theirs."""
+        if "_rf_original_class" not in vars(cls):
+            super().__init_subclass__(**kwargs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles instead: the module with its own classes, sharing all tensors."""
+        return _as_written(self, {})
+
+    def _rf_parts(self) -> Iterable[nn.Module]:
         """The submodules whose parameters the fused ops take."""
         return (self,)
 
-    def refresh(self) -> None:
+    def _rf_refresh(self) -> None:
         """Drop what backends packed from this module's tensors.
 
         Needed only after writes that PyTorch does not count: through ``.data``, or into inference tensors' storage.
         """
-        packed.drop(tuple(t for part in self.fused_parts() for t in (*part.parameters(), *part.buffers())))
+        packed.drop(tuple(t for part in self._rf_parts() for t in (*part.parameters(), *part.buffers())))
 
     def train(self: M, mode: bool = True) -> M:
         super().train(mode)
-        self.refresh()
+        self._rf_refresh()
         return self
 
     def _apply(self: M, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> M:
-        self.refresh()
+        self._rf_refresh()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.refresh()
+        self._rf_refresh()
         super()._load_from_state_dict(*args, **kwargs)
 
 
 def refresh(model: nn.Module) -> None:
-    """Call :meth:`FusedModule.refresh` on every fused module in ``model``: after writes through ``.data``."""
+    """Drop what backends packed from the fused modules in ``model``: after writes through ``.data``."""
     for module in model.modules():
         if isinstance(module, FusedModule):
-            module.refresh()
+            module._rf_refresh()
 
 
 _DERIVED: dict[tuple[type, type], type[FusedModule]] = {}
@@ -71,16 +82,35 @@ def derived_class(fused: type[FusedModule], original: type[nn.Module]) -> type[F
         return derived
 
 
+class _Theirs:
+    """Stands for a class attribute of ours in a class derived from the user's: it is what their class has, if any."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        found = inspect.getattr_static(owner._rf_original_class, self.name, self)
+        if found is self:
+            raise AttributeError(f"no attribute {self.name}")  # nn.Module then looks among its submodules
+        return found.__get__(instance, owner) if hasattr(found, "__get__") else found
+
+
+_PACKAGE = __name__.rpartition(".")[0]
+_OVERRIDDEN = ("forward", "train", "_apply", "_load_from_state_dict")
+
+
 def _derive(fused: type[FusedModule], original: type[nn.Module]) -> type[FusedModule]:
     namespace: dict[str, Any] = {
         "__init__": original.__init__,
         "__doc__": original.__doc__,
         "__module__": fused.__module__,
-        "_original_class": original,
-        "_original_forward": original.forward,
+        "_rf_original_class": original,
+        "_rf_original_forward": original.forward,
     }
-    if hasattr(original, "expansion"):
-        namespace["expansion"] = original.expansion
+    ours = [vars(base) for base in fused.__mro__ if base.__module__.startswith(_PACKAGE)]
+    for name in dict.fromkeys(name for names in ours for name in names):
+        if not name.startswith(("__", "_rf_")) and name not in _OVERRIDDEN:
+            namespace[name] = _Theirs(name)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         """Pickle and copy by the two classes: the derived one can be found under no name."""
@@ -96,22 +126,43 @@ def _derive(fused: type[FusedModule], original: type[nn.Module]) -> type[FusedMo
 
 def original_class(module: nn.Module) -> type[nn.Module] | None:
     """The class that ``module`` had before it was fused, or None when it was not (or was born fused)."""
-    return vars(type(module)).get("_original_class")
+    return vars(type(module)).get("_rf_original_class")
 
 
 def adopt(module: nn.Module, fused: type[FusedModule], state: FusedState) -> None:
     """Fuse ``module`` in place, by a change of its class."""
-    module.__class__ = derived_class(fused, type(module))
-    module._fused = state  # type: ignore[assignment]
+    derived = derived_class(fused, type(module))
+    object.__setattr__(module, "__class__", derived)  # past a __setattr__ of the user's
+    module.__dict__["_rf_state"] = state
 
 
 def release(module: FusedModule) -> None:
     """Undo :func:`adopt`."""
     original = original_class(module)
     assert original is not None
-    module.refresh()
-    module.__class__ = original  # type: ignore[assignment]
-    del module._fused
+    module._rf_refresh()
+    object.__setattr__(module, "__class__", original)
+    del module.__dict__["_rf_state"]
+
+
+def _as_written(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    """``module`` with every fused part in it as its own class has it: other objects, with the same tensors and hooks.
+
+    Raises:
+        RuntimeError: a part is ours by birth, whose forward is not in TorchScript.
+    """
+    if id(module) in done or not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
+        return done.get(id(module), module)
+    cls = original_class(module) or type(module)
+    if issubclass(cls, FusedModule):
+        raise RuntimeError(
+            f"torch.jit.script: a {cls.__name__} of this package has no TorchScript form; use torch.jit.trace, or "
+            "script a model of another package, such as torchvision's, which fuse() takes"
+        )
+    twin = done[id(module)] = cls.__new__(cls)
+    twin.__dict__.update({name: value for name, value in module.__dict__.items() if name != "_rf_state"})
+    twin.__dict__["_modules"] = {name: _as_written(m, done) for name, m in module._modules.items()}  # type: ignore[arg-type]
+    return twin
 
 
 def _blank(fused: type[FusedModule], original: type[nn.Module]) -> FusedModule:

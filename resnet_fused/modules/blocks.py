@@ -49,8 +49,8 @@ class FusedBasicBlock(FusedBlock):
     """
 
     expansion: int = 1
-    _spec = BASIC_BLOCK
-    _op = staticmethod(functional.basic_block)
+    _rf_spec = BASIC_BLOCK
+    _rf_op = staticmethod(functional.basic_block)
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class FusedBasicBlock(FusedBlock):
         self.bn2 = norm_layer(planes)
         self.downsample = downsample
         self.stride = stride
-        self._fused = FusedState(self._spec, recompute=parts.check_recompute(recompute))
+        self._rf_state = FusedState(self._rf_spec, recompute=parts.check_recompute(recompute))
 
 
 class ResidualBlock(FusedBasicBlock):
@@ -123,8 +123,8 @@ class FusedBottleneck(FusedBlock):
     """
 
     expansion: int = 4
-    _spec = BOTTLENECK
-    _op = staticmethod(functional.bottleneck)
+    _rf_spec = BOTTLENECK
+    _rf_op = staticmethod(functional.bottleneck)
 
     def __init__(
         self,
@@ -151,4 +151,4 @@ class FusedBottleneck(FusedBlock):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.stride = stride
-        self._fused = FusedState(self._spec, recompute=parts.check_recompute(recompute))
+        self._rf_state = FusedState(self._rf_spec, recompute=parts.check_recompute(recompute))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.modules import depth_first, live, parts
+from resnet_fused.modules import depth_first, guards, live, parts
 from resnet_fused.modules.base import FusedModule
 from resnet_fused.modules.spec import BlockSpec, FusedState, find
 from resnet_fused.ops.convbn import ACTS
@@ -37,7 +37,7 @@ class FusedConvBNReLU(FusedModule):
         ValueError: ``act`` is neither of the two.
     """
 
-    _fused = FusedState(BlockSpec.of("conv", "bn"))
+    _rf_state = FusedState(BlockSpec.of("conv", "bn"))
 
     def __init__(
         self,
@@ -78,59 +78,72 @@ class FusedConvBNReLU(FusedModule):
     def forward(self, x: Tensor) -> Tensor:
         conv, bn = self._modules["conv"], self._modules["bn"]
         assert conv is not None and bn is not None
-        if not parts.bypassable(conv, bn) or parts.watched():
+        free = guards.plain_tensor(x) and guards.watched() is None
+        if not free or isinstance(live.read(self, self._rf_state.spec, None), str):
             y: Tensor = bn(conv(x))
             return F.relu(y) if self.act == "relu" else y
-        if parts.read(conv, bn) is not None:  # type: ignore[arg-type]
-            x = self._fused.feature_map(x)
-        return parts.step(x, conv, bn, self.act, None, self._fused.backend)  # type: ignore[arg-type]
+        x = _feature_map(x, [(conv, bn)], self._rf_state)  # type: ignore[list-item]
+        return parts.step(x, conv, bn, self.act, None, self._rf_state.backend)  # type: ignore[arg-type]
+
+
+def _feature_map(x: Tensor, pairs: list[live.Pair], state: FusedState) -> Tensor:
+    data = [found for pair in pairs if (found := parts.read(*pair)) is not None]
+    return parts.feature_map(x, data, state.channels_last) if len(data) == len(pairs) else x
 
 
 class FusedStem(FusedModule):
     """A model whose stem is computed by fused ops: convolution, norm and ReLU, once or (a deep stem) several times.
 
-    The modules stay its own submodules.
+    The modules stay its own submodules, and its class's own methods run wherever the stem may not be bypassed.
     """
 
-    def fused_parts(self) -> Iterable[nn.Module]:
-        return [m for pair in self._fused.spec.pairs for keys in pair if (m := find(self, keys)) is not None]
+    def _rf_parts(self) -> Iterable[nn.Module]:
+        return [m for pair in self._rf_state.spec.pairs for keys in pair if (m := find(self, keys)) is not None]
 
-    def run_stem(self, x: Tensor) -> Tensor:
+    def _rf_run_stem(self, x: Tensor) -> Tensor:
         """relu(norm(conv(x))), for each pair of the stem."""
-        pairs = self.stem_pairs()
+        pairs = self._rf_stem_pairs(x)
         if pairs is None:
-            return self._run_modules(x)
-        if all(parts.read(*pair) is not None for pair in pairs):
-            x = self._fused.feature_map(x)
+            return self._rf_run_modules(x)
+        x = _feature_map(x, pairs, self._rf_state)
         for conv, norm in pairs:
-            x = parts.step(x, conv, norm, "relu", None, self._fused.backend)
+            x = parts.step(x, conv, norm, "relu", None, self._rf_state.backend)
         return x
 
-    def run_features(self, x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
+    def _rf_run_features(self, x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
         """The stem and then ``layers``, flattened to ``[N, features]``; large batches on the CPU depth first."""
 
         def features(part: Tensor) -> Tensor:
-            part = self.run_stem(part)
+            part = self._rf_run_stem(part)
             for layer in layers:
                 part = layer(part)
             return torch.flatten(part, 1)
 
-        pairs = self.stem_pairs()
+        pairs = self._rf_stem_pairs(x)
         if pairs is None or any(parts.read(*pair) is None for pair in pairs):
             return features(x)
         return depth_first.run(features, x, pairs[0][0], layers)
 
-    def stem_pairs(self) -> list[live.Pair] | None:
+    def _rf_stem_pairs(self, x: Any) -> list[live.Pair] | None:
         """The stem's convolutions and norms, or None when something of it may not be bypassed at the moment."""
-        return live.pairs(self, self._fused.spec)
+        state = self._rf_state
+        if not guards.plain_tensor(x) or guards.watched() is not None or x.dim() != 4:
+            return None
+        found = live.read(self, state.spec, state.matched)
+        return None if isinstance(found, str) or parts.output_shape(x.shape, found.pairs[0][0]) is None else found.pairs
 
-    def original(self, method: str) -> Callable[..., Any]:
-        """That method of the class that the model had before it was fused."""
-        return functools.partial(getattr(type(self)._original_class, method), self)  # type: ignore[attr-defined]
+    def _rf_original(self, method: str) -> Callable[..., Any]:
+        """That method of the class that the model had before it was fused, as it is now."""
+        return functools.partial(getattr(type(self)._rf_original_class, method), self)  # type: ignore[attr-defined]
 
-    def _run_modules(self, x: Tensor) -> Tensor:
-        spec = self._fused.spec
+    def _rf_run_modules(self, x: Tensor) -> Tensor:
+        spec = self._rf_state.spec
         for (conv, norm), act in zip(spec.pairs, spec.acts, strict=True):
             for keys in (conv, norm, act):
                 x = find(self, keys)(x)  # type: ignore[misc]
         return x
+
+
+def only(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The one argument that a forward was called with, or None where there are others, or it has a name."""
+    return args[0] if len(args) == 1 and not kwargs else None

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.modules import parts
-from resnet_fused.modules.block import FusedBlock
+from resnet_fused.modules import guards
+from resnet_fused.modules.block import FusedBlock, uses_given_statistics
 from resnet_fused.ops import workspace
 
 # What one sub-batch may hold at a time: a layer's input, its output and what stands between. That much stays in the
@@ -41,7 +42,7 @@ def run(function: Callable[[Tensor], Tensor], x: Tensor, stem: nn.Conv2d, layers
     steps = [step for layer in layers for step in _steps(layer)]
     n = x.shape[0]
     parts_needed = -(-n // max(1, BYTES // _bytes_per_image(x, stem, steps)))
-    if parts_needed < 2 or not all(map(_apart, steps)):
+    if parts_needed < 2 or guards.watched() is not None or not all(_apart(step, x) for step in steps):
         return function(x)
     return torch.cat([function(part) for part in x.split(-(-n // parts_needed))])
 
@@ -53,7 +54,7 @@ def _may_split(x: Tensor) -> bool:
 
 def _bytes_per_image(x: Tensor, stem: nn.Conv2d, steps: Iterable[nn.Module]) -> int:
     """The most that one image holds at a time, borders left out of account."""
-    pixels = x.shape[2] * x.shape[3] // (stem.stride[0] * stem.stride[1])
+    pixels = x.shape[2] * x.shape[3] // _area(stem.stride)
     channels = stem.out_channels
     most = pixels * channels
     for step in steps:
@@ -67,18 +68,20 @@ def _bytes_per_image(x: Tensor, stem: nn.Conv2d, steps: Iterable[nn.Module]) -> 
     return max(1, most * x.element_size())
 
 
-def _area(stride: int | tuple[int, ...]) -> int:
-    return stride * stride if isinstance(stride, int) else math.prod(stride)
+def _area(stride: Any) -> int:
+    return max(1, math.prod(guards.pair(stride) or (1, 1)))
 
 
-def _steps(layer: nn.Module) -> Iterable[nn.Module]:
-    return [layer, *layer] if type(layer) is nn.Sequential else [layer]
+def _steps(layer: nn.Module) -> list[nn.Module]:
+    """``layer``, or what it runs in turn, at any depth: a Sequential and all that is in it."""
+    if type(layer) is not nn.Sequential:
+        return [layer]
+    return [layer, *(step for child in layer._modules.values() for step in _steps(child))]
 
 
-def _apart(module: nn.Module) -> bool:
+def _apart(module: nn.Module, x: Tensor) -> bool:
     """Whether ``module`` computes each image apart and unwatched. A Sequential's children are asked on their own."""
-    if parts.touched(module) or parts.watched():
-        return False
     if isinstance(module, FusedBlock):
-        return module.uses_given_statistics()
-    return type(module) in _PER_IMAGE or type(module) is nn.Sequential
+        return not guards.touched(module) and uses_given_statistics(module, x)
+    own = type(module) is nn.Sequential or (type(module) in _PER_IMAGE and guards.own_forward(type(module)))
+    return own and not guards.touched(module)

@@ -42,6 +42,13 @@ PROJECTIONS: dict[Name, tuple[str, str]] = {
     ("transformers.models.rt_detr.modeling_rt_detr_resnet", "RTDetrResNetShortCut"): ("convolution", "normalization"),
 }
 
+# Modules that give a new tensor and do nothing else, beside PyTorch's own.
+PURE: frozenset[Name] = frozenset({
+    ("timm.layers.blur_pool", "BlurPool2d"),
+    ("timm.layers.pool2d_same", "AvgPool2dSame"),
+    ("timm.layers.pool2d_same", "MaxPool2dSame"),
+})  # fmt: skip
+
 
 def name_of(cls: type) -> Name:
     """The name that ``cls`` stands under in these tables."""

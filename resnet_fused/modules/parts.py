@@ -1,19 +1,21 @@
-"""Reading a module's own convolutions, norms and activations at run time: what may be computed as one op right now.
+"""A module's own convolutions and norms as what the ops take, read at run time.
 
-A part may be bypassed only when nobody would notice: it has its exact type, no hooks, and its own forward. Everything
-else, whenever it came about, runs through the module calls as written.
+``guards`` says what may be computed so right now. Everything else, whenever it came about, runs through the module
+calls as written.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _nn_module
 
 from resnet_fused import backends
-from resnet_fused.modules.known import FROZEN_NORMS, NORMED_CONVS, name_of
+from resnet_fused.modules import guards
+from resnet_fused.modules.guards import BATCH_NORMS
+from resnet_fused.modules.known import FROZEN_NORMS, name_of
 from resnet_fused.ops.batch_norm_act import api as batch_norm_act
 from resnet_fused.ops.batch_norm_act import sync
 from resnet_fused.ops.batch_norm_act.call import BatchNormCall
@@ -21,64 +23,17 @@ from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.convbn import ConvBN
 from resnet_fused.ops.residual_block import RECOMPUTE, ConvNorm
 
-# With the batch's statistics in training mode; SyncBatchNorm's are those of all processes.
-BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-
-
-def is_frozen_norm(cls: type) -> bool:
-    """Whether ``cls`` is a FrozenBatchNorm2d that we know."""
-    return name_of(cls) in FROZEN_NORMS
-
-
-def is_plain_conv(conv: nn.Module | None) -> bool:
-    """Whether ``conv`` computes nn.Conv2d's convolution, and behind it at most a norm of its own."""
-    if type(conv) is nn.Conv2d:
-        return True
-    known: Any = conv
-    return name_of(type(conv)) in NORMED_CONVS and known.activation is None
-
-
-def touched(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class's forward: hooks, or a forward replaced on the instance."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def watched() -> bool:
-    """Whether no call is to be bypassed: with hooks for all modules (profilers and FLOP counters have them), and while
-    a model is written as ONNX, which knows no op of ours."""
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    return bool(
-        (exporting and torch.onnx.is_in_onnx_export())
-        or _nn_module._global_forward_hooks
-        or _nn_module._global_forward_pre_hooks
-        or _nn_module._global_backward_hooks
-        or _nn_module._global_backward_pre_hooks
-    )
+touched, watched, is_frozen_norm = guards.touched, guards.watched, guards.is_frozen_norm
 
 
 def bypassable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
     """Whether the pair is a plain Conv2d and batch norm that nobody watches."""
-    if not isinstance(conv, nn.Conv2d) or not is_plain_conv(conv) or touched(conv) or norm is None or touched(norm):
-        return False
-    if type(conv) is not nn.Conv2d and conv._modules.get("norm", norm) not in (None, norm):
-        return False  # it calls a norm of its own before this one
-    if conv.padding_mode != "zeros" or (conv.padding == "same" and _same(conv) is None):
-        return False
-    if type(norm) in BATCH_NORMS:
-        return True
-    # Under autocast a FrozenBatchNorm2d widens to its own dtype, which the ops do not.
-    return is_frozen_norm(type(norm)) and not torch.is_autocast_enabled(conv.weight.device.type)
+    return guards.pair_refusal(conv, norm, "", "") is None
 
 
 def plain_relu(act: nn.Module) -> bool:
     """Whether ``act`` is a plain nn.ReLU that nobody watches."""
-    return type(act) is nn.ReLU and not touched(act)
+    return guards.relu_refusal(act, "") is None
 
 
 def read(conv: nn.Conv2d, norm: nn.Module) -> ConvBN | None:
@@ -93,14 +48,16 @@ def with_statistics(conv: nn.Conv2d, norm: nn.Module) -> ConvBN | None:
     weights: dict[str, Any] = conv._parameters
     buffers: dict[str, Any] = norm._buffers
     vectors: dict[str, Any] = norm._parameters if type(norm) in BATCH_NORMS else buffers
-    padding = _padding(conv)
-    mean, var = buffers["running_mean"], buffers["running_var"]
-    if mean is None or var is None:
-        return None
-    geometry: Any = (_eps(norm), conv.stride, padding, conv.dilation, conv.groups)
-    if "weight" in weights and "weight" in vectors:
+    geometry: Any = (_eps(norm), *_geometry(conv))
+    if "weight" in weights and "weight" in vectors and "running_mean" in buffers:
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        if mean is None or var is None:
+            return None
         return ConvBN(weights["weight"], weights["bias"], vectors["weight"], vectors["bias"], mean, var, *geometry)
     replica: Any = norm  # DataParallel's replicas hold plain attributes
+    mean, var = replica.running_mean, replica.running_var
+    if mean is None or var is None:
+        return None
     return ConvBN(conv.weight, conv.bias, replica.weight, replica.bias, mean, var, *geometry)
 
 
@@ -130,9 +87,54 @@ def batch_statistics_step(
     return batch_norm_act.call_op(norm_call(y, norm, act, residual), backend)
 
 
+# Where weights are trained, aten copies those that are not channels_last, both forward and backward. From that many
+# elements of weight to one of the image this takes longer than what the format saves (bench/NOTES.md).
+_COPIED = 4
+_SMALL = 20480  # one image up to this size needs no copies: ops/conv_bn_act/unpacked.py
+
+
+def feature_map(x: Tensor, convs: Iterable[ConvBN], channels_last: bool) -> Tensor:
+    """``x``, ``[N, C, H, W]``, in the memory format in which pairs with given statistics compute: channels_last where
+    that is wanted and pays. Parameters keep theirs."""
+    if not channels_last or x.dim() != 4:
+        return x
+    if torch.is_grad_enabled() and x.device.type == "cpu" and (x.shape[0] > 1 or x.numel() > _SMALL):
+        trained = [c.weight for c in convs if c.weight.requires_grad]
+        copied = sum(w.numel() for w in trained if not w.is_contiguous(memory_format=torch.channels_last))
+        if copied > _COPIED * x.numel():
+            return x.contiguous()
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def _eps(norm: Any) -> float:
     fixed = FROZEN_NORMS.get(name_of(type(norm)))
-    return norm.eps if fixed is None else fixed
+    return float(norm.eps) if fixed is None else fixed
+
+
+def _geometry(conv: nn.Conv2d) -> Any:
+    """Stride, padding and dilation as pairs, and groups, however they were set: integers, lists, NumPy's integers."""
+    return guards.pair(conv.stride), guards.padding_of(conv), guards.pair(conv.dilation), guards.integer(conv.groups)
+
+
+def output_shape(shape: tuple[int, ...], conv: nn.Conv2d) -> tuple[int, ...] | None:
+    """The shape of a bypassable convolution's output; None where it does not take an input of this shape."""
+    stride, padding, dilation, groups = _geometry(conv)
+    out, per_group, *size = conv.weight.shape
+    if len(shape) != 4 or shape[1] != per_group * groups:
+        return None
+    spatial = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(shape[2:], size, stride, padding, dilation, strict=True)
+    ]
+    return None if min(spatial) < 1 else (shape[0], out, *spatial)
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a convolution's output: autocast narrows it, float64 excepted."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 def asks_others(norm: nn.Module) -> bool:
@@ -170,11 +172,9 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module) -> ConvNorm | None:
     if asks_others(norm):
         return None
     call = norm_call(conv.weight, norm, "none", None)
-    stride: Any = conv.stride
-    dilation: Any = conv.dilation
     return ConvNorm(
         conv.weight, conv.bias, call.weight, call.bias, call.running_mean, call.running_var, call.num_batches_tracked,
-        call.training, call.momentum, call.eps, stride, _padding(conv), dilation, conv.groups,
+        call.training, call.momentum, call.eps, *_geometry(conv),
     )  # fmt: skip
 
 
@@ -188,21 +188,3 @@ def check_recompute(recompute: str | None) -> str | None:
 def training_backend(backend: str) -> str:
     """``backend`` where it has a batch_norm_act, else "auto": some compute inference alone."""
     return backend if backend in batch_norm_act.BACKENDS else "auto"
-
-
-def symmetric(conv: nn.Conv2d) -> bool:
-    """Whether padding="same" is as much on each side."""
-    return _same(conv) is not None
-
-
-def _padding(conv: nn.Conv2d) -> Any:
-    """The padding as a pair."""
-    if isinstance(conv.padding, str):
-        return (_same(conv) or (0, 0)) if conv.padding == "same" else (0, 0)
-    return conv.padding
-
-
-def _same(conv: nn.Conv2d) -> tuple[int, int] | None:
-    """padding="same" as a symmetric pair; None where it needs one more row or column at the end."""
-    total = [d * (size - 1) for d, size in zip(conv.dilation, conv.kernel_size, strict=True)]
-    return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)

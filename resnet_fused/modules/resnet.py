@@ -60,7 +60,7 @@ class ResNet(FusedStem):
         planes = planes[: len(layers)]
         if len(planes) != len(layers):
             raise ValueError(f"planes: got {len(planes)} entries, need {len(layers)}, one for each stage in layers")
-        self._fused = FusedState(STEM)
+        self._rf_state = FusedState(STEM)
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self.inplanes = planes[0]
         self.dilation = 1
@@ -120,7 +120,7 @@ class ResNet(FusedStem):
 
     def forward(self, x: Tensor) -> Tensor:
         stages: Any = [self._modules[name] for name in self.stages]
-        return self.fc(self.run_features(x, [self.maxpool, *stages, self.avgpool]))  # type: ignore[no-any-return]
+        return self.fc(self._rf_run_features(x, [self.maxpool, *stages, self.avgpool]))  # type: ignore[no-any-return]
 
 
 def resnet18(**options: Any) -> ResNet:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from resnet_fused.modules.matched import Matched
 
 Path = tuple[str, ...]
 
@@ -38,6 +39,9 @@ class BlockSpec:
     the class. extras are, for each pair, the modules called on its result (a pool, a squeeze-excitation, a drop path),
     behind the ReLU, or behind the last pair before the sum; where any is there and no Identity, the block is fused
     pair by pair around them.
+    optional is how the forward asks whether there is a shortcut: "is not None", "truth" (``if self.downsample:``), or
+    "" where it calls it unasked. adds is how the sum is written where the shortcut is called behind the pairs: "+="
+    into the last norm's result, or "+"; "" where it is called before them, or where that is not known.
 
     A stem has pairs alone, each followed by a ReLU, and either as many acts or none.
     """
@@ -49,6 +53,20 @@ class BlockSpec:
     containers: tuple[tuple[Path, int], ...] = ()
     wrappers: tuple[tuple[Path, tuple[str, str]], ...] = ()
     extras: tuple[tuple[Path, ...], ...] = ()
+    optional: str = "is not None"
+    adds: str = ""
+
+    children: tuple[tuple[Path, tuple[str, ...]], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """children: which submodules the forward reads, by the module that it reads them from."""
+        found: dict[Path, dict[str, None]] = {}
+        paths = [*(keys for both in self.pairs for keys in both), *self.acts, *self.idle]
+        paths += [keys for paths in self.extras for keys in paths] + [keys for keys, _ in self.containers]
+        for keys in [*paths, *([] if self.shortcut is None else [self.shortcut])]:
+            for i, key in enumerate(keys):
+                found.setdefault(keys[:i], {})[key] = None
+        object.__setattr__(self, "children", tuple((owner, tuple(names)) for owner, names in found.items()))
 
     @classmethod
     def of(cls, convs: str, norms: str, acts: str = "", shortcut: str | None = None, idle: str = "") -> BlockSpec:
@@ -68,18 +86,22 @@ def extended(
     extras: tuple[str, ...] = (),
     containers: tuple[tuple[str, int], ...] = (),
     wrappers: tuple[tuple[str, tuple[str, str]], ...] = (),
+    optional: str = "is not None",
+    adds: str = "",
 ) -> BlockSpec:
     """``spec`` with these fields, from dotted paths; an entry of ``extras`` has them blank-separated."""
     return replace(
         spec,
+        optional=optional,
+        adds=adds,
         extras=tuple(tuple(map(path, entry.split())) for entry in extras),
         containers=tuple((path(dotted), length) for dotted, length in containers),
         wrappers=tuple((path(dotted), name) for dotted, name in wrappers),
     )
 
 
-BASIC_BLOCK = BlockSpec.of("conv1 conv2", "bn1 bn2", "relu", "downsample")
-BOTTLENECK = BlockSpec.of("conv1 conv2 conv3", "bn1 bn2 bn3", "relu", "downsample")
+BASIC_BLOCK = extended(BlockSpec.of("conv1 conv2", "bn1 bn2", "relu", "downsample"), adds="+=")
+BOTTLENECK = extended(BlockSpec.of("conv1 conv2 conv3", "bn1 bn2 bn3", "relu", "downsample"), adds="+=")
 
 
 @dataclass(frozen=True)
@@ -87,14 +109,12 @@ class FusedState:
     """What a fused module knows beside its parameters: no tensor, nothing derived from one.
 
     recompute is what training computes again in the backward pass instead of keeping it: None, "activations" or
-    "last_conv". channels_last: whether inference turns feature maps into that memory format, which the kernels read.
+    "last_conv". channels_last: whether feature maps become that where norms use given statistics (parts.feature_map).
+    matched are the functions of the class that spec was read from, None where the class is ours.
     """
 
     spec: BlockSpec
     backend: str = "auto"
     recompute: str | None = None
     channels_last: bool = True
-
-    def feature_map(self, x: Tensor) -> Tensor:
-        """``x``, ``[N, C, H, W]``, in the memory format in which inference computes; parameters keep theirs."""
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.dim() == 4 else x
+    matched: Matched | None = None

@@ -104,18 +104,18 @@ class TracedState(FusedState):
 class FusedForward(FusedModule):
     """A module that runs the first of its plans that stands for its own forward at this call, or else that forward."""
 
-    _fused: TracedState
-    _original_forward: Callable[..., Any]
+    _rf_state: TracedState
+    _rf_original_forward: Callable[..., Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for plan in self._fused.plans:
+        for plan in self._rf_state.plans:
             given = _arguments(plan, args, kwargs)
             if given is not None and not parts.watched() and plan.refusal(self) is None:
                 return plan.function(self, *given)
-        return self._original_forward(*args, **kwargs)
+        return self._rf_original_forward(*args, **kwargs)
 
-    def fused_parts(self) -> Iterable[nn.Module]:
-        paths = [path for plan in self._fused.plans for c in plan.chains for path in (c.conv, c.norm) if path]
+    def _rf_parts(self) -> Iterable[nn.Module]:
+        paths = [path for plan in self._rf_state.plans for c in plan.chains for path in (c.conv, c.norm) if path]
         return [m for path in dict.fromkeys(paths) if (m := find(self, path)) is not None]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from resnet_fused import backends
 from resnet_fused.ops import library, packed
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
-from resnet_fused.ops.conv_bn_act import reference
+from resnet_fused.ops.conv_bn_act import reference, unpacked
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, Shape, check_addend, check_conv, check_input, short_dtype
 from resnet_fused.ops.layout import eager_strides, with_strides
 from resnet_fused.ops.schemas import SCHEMAS
@@ -102,9 +102,8 @@ def register(name: str, depth: int) -> Callable[[BlockCall, str], Tensor]:
         if library.goes_straight(call.x, call.tensors()):
             return _compute(name, call, backend)
         flat: list[Any] = [call.x]
-        for conv in call.convs:
-            flat += conv
-        flat += _NO_CONV if call.shortcut is None else call.shortcut
+        for conv in (*call.convs, _NO_CONV if call.shortcut is None else call.shortcut):
+            flat += [*conv]  # Dynamo of torch 2.11 adds lists to lists alone
         return op(*flat, call.identity, backend)  # type: ignore[no-any-return]
 
     def kernel(*args: Any) -> Tensor:
@@ -178,7 +177,7 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
     if plans is None:
         if backend == backends.AUTO and not packed.settled(tensors):
             check_block(call)
-            return run_chain(call, reference.run)
+            return run_chain(call, unpacked.run)
         plans = CACHE.get(_PLANS, tensors, kind, dict)
     switches = (torch._C._get_mkldnn_enabled(), torch.get_num_threads())  # each number of threads has its own table
     key: tuple[Any, ...] = (backend, x.shape, x.stride(), x.dtype, switches)

@@ -61,6 +61,10 @@ class Convolution:
         ops = torch.ops.mkldnn
         if residual is None:
             return ops._convolution_pointwise.default(x, weight, bias, *self._geometry, "none", [], "")  # type: ignore[no-any-return]
+        _, channels, height, width = residual.shape
+        if not into_residual and (channels == 1) != (height * width == 1):
+            # Such a sum may be of either memory format: oneDNN of torch 2.11 fails to make a new one.
+            residual, into_residual = residual.clone(), True
         if into_residual:
             return ops._convolution_pointwise_.binary(  # type: ignore[no-any-return]
                 residual, x, weight, bias, *self._geometry, "add", 1.0, None, [], None

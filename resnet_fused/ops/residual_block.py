@@ -105,7 +105,7 @@ def _flat(block: ResidualBlock) -> list[Any]:
     flat: list[Any] = [block.x, block.identity]
     empty = (_NO_PAIR,) * (_SLOTS - 1 - len(block.convs))
     for pair in (*block.convs, *empty, block.shortcut or _NO_PAIR):
-        flat += pair
+        flat += [*pair]  # Dynamo of torch 2.11 adds lists to lists alone
     return flat
 
 

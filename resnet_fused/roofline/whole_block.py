@@ -19,6 +19,7 @@ from torch import nn
 from resnet_fused import extension
 from resnet_fused.modules.blocks import FusedBottleneck
 from resnet_fused.ops.bottleneck import triton_config
+from resnet_fused.roofline import issue
 from resnet_fused.roofline.bound import H200, Device
 from resnet_fused.roofline.levels import count
 
@@ -47,7 +48,8 @@ class Account:
     x_bytes and out_bytes are what has to cross main memory once; the weights besides. halo_bytes, again_bytes (the
     residual, or x under the output pixels for the projection) and weight_bytes are what the blocks read through L2.
     useful_flops are the block's own, flops what the tensor cores do: the halo's recomputed border and the rows that pad
-    a tile are in. shared_bytes go in and out of shared memory.
+    a tile are in. shared_bytes go in and out of shared memory. phases are those of one tile, and resident is how many
+    blocks share a multiprocessor.
     """
 
     tiles: int
@@ -61,6 +63,8 @@ class Account:
     useful_flops: int
     flops: int
     shared_bytes: int
+    phases: tuple[issue.Phase, ...]
+    resident: int
 
     @property
     def l2_bytes(self) -> int:
@@ -69,17 +73,35 @@ class Account:
     def times(
         self, device: Device = H200, dtype: torch.dtype = torch.bfloat16, given: Assumptions | None = None
     ) -> dict[str, float]:
-        """Seconds that each unit needs: "memory", "l2", "mma", "shared". Overlapped without loss, the greatest is the
-        launch's time. The last two are those of the multiprocessor with the most tiles."""
+        """Seconds that each unit needs: "memory", "l2", "mma", "shared", "issue" (of instructions). The last three are
+        those of the multiprocessor with the most tiles."""
         given = given or Assumptions()
-        waves = -(-self.tiles // given.multiprocessors) * given.multiprocessors / self.tiles
+        waves = self._most_tiles(given) * given.multiprocessors / self.tiles
         shared_rate = given.multiprocessors * given.clock_hz * given.shared_bytes_per_clock
+        instructions = issue.WARPS * sum(phase.instructions for phase in self.phases)
         return {
             "memory": (self.x_bytes + self.out_bytes + self.parameter_bytes) / device.bytes_per_s,
             "l2": self.l2_bytes / given.l2_bytes_per_s,
             "mma": self.flops / (device.rate(dtype) * given.mma) * waves,
             "shared": self.shared_bytes / shared_rate * waves,
+            "issue": self._most_tiles(given) * instructions / issue.SCHEDULERS / given.clock_hz,
         }
+
+    def predicted(
+        self, device: Device = H200, dtype: torch.dtype = torch.bfloat16, given: Assumptions | None = None
+    ) -> tuple[float, float]:
+        """Seconds of the launch, from and to: the slowest unit, where products and the other instructions share time as
+        :func:`resnet_fused.roofline.issue.clocks` says; memory, L2 and shared memory overlap with them without loss."""
+        given = given or Assumptions()
+        products = device.rate(dtype) * given.mma / (2 * given.multiprocessors * given.clock_hz)
+        slowest = max(self.times(device, dtype, given).values())
+        tile = issue.clocks(self.phases, products, self.resident)
+        least, most = (max(slowest, self._most_tiles(given) * clocks / given.clock_hz) for clocks in tile)
+        return least, most
+
+    def _most_tiles(self, given: Assumptions) -> int:
+        """Of one multiprocessor."""
+        return -(-self.tiles // given.multiprocessors)
 
 
 def account(kernel: Mapping[str, Any], n: int, h: int, w: int, given: Assumptions | None = None) -> Account:
@@ -110,7 +132,7 @@ def account(kernel: Mapping[str, Any], n: int, h: int, w: int, given: Assumption
     return Account(
         tiles, blocks, n * h * w * cin * _SIZE, pixels * out * _SIZE, (weights + 2 * (2 * mid + out * (1 + project))
         + 2 * (2 * mid + out * (1 + project))) * _SIZE, read, centre, weight_bytes, useful,
-        2 * tiles * kernel["products"], landed + tiles * kernel["fragments"],
+        2 * tiles * kernel["products"], landed + tiles * kernel["fragments"], issue.phases(kernel), kernel["blocks"],
     )  # fmt: skip
 
 
@@ -138,17 +160,19 @@ def with_changes(kernel: Mapping[str, Any], n: int, side: int, *, shared_weights
     """Seconds that the account predicts for a kernel that nobody has written.
 
     shared_weights: clusters of two blocks read their weights through L2 once for both. wgmma: the full matrix rate; a
-    group of four warps takes 64 rows, which come from shared memory once, with the weights once for each 64 rows.
+    group of four warps takes 64 rows, which come from shared memory once, with the weights once for each 64 rows;
+    nothing is issued to feed the products, and all else is issued under them.
     """
     a = account(kernel, n, side, side)
     if shared_weights:
         a = replace(a, weight_bytes=a.weight_bytes // 2)
     if not wgmma:
-        return max(a.times().values())
+        return a.predicted()[0]
     first = kernel["passes"] * kernel["cin"] // 64
     rows = first * kernel["pass_rows"] + (kernel["steps"] - first) * kernel["rows"]
     fragments = (rows + rows // 64 * kernel["mid"]) * 128
-    a = replace(a, shared_bytes=a.shared_bytes - a.tiles * (kernel["fragments"] - fragments))
+    shared = a.shared_bytes - a.tiles * (kernel["fragments"] - fragments)
+    a = replace(a, shared_bytes=shared, phases=tuple(replace(phase, feeding=0) for phase in a.phases))
     return max(a.times(given=Assumptions(mma=1.0)).values())
 
 
@@ -199,8 +223,8 @@ def main(argv: list[str] | None = None) -> int:
         print(reason, file=sys.stderr)
         return 1
     print("| block | batch | kernel | tiles | FLOPs done / useful | L2 / memory bytes | memory us | L2 us | mma us "
-          "| shared us | **predicted us** | whole-block bound us | per-conv bound us |")  # fmt: skip
-    print("|---|---:|---|" + "---:|" * 10)
+          "| shared us | issue us | **predicted us** | whole-block bound us | per-conv bound us |")  # fmt: skip
+    print("|---|---:|---|" + "---:|" * 11)
     for name, cin, mid, stride, project, side in BLOCKS:
         for n in (1, 8, 32, 256):
             plan = chosen(cin, mid, stride, project, n, side)
@@ -233,8 +257,9 @@ def _cells(kernel: Mapping[str, Any], n: int, side: int) -> str:
     memory = a.x_bytes + a.out_bytes + a.parameter_bytes
     counts = count(_module(kernel), (n, kernel["cin"], side, side))
     bounds = [counts[level].bound(H200, torch.bfloat16).seconds for level in ("block", "conv")]
-    cells = [f"{1e6 * seconds:.1f}" for seconds in (*times, max(times), *bounds)]
-    cells[4] = f"**{cells[4]}**"
+    cells = [f"{1e6 * seconds:.1f}" for seconds in (*times, *bounds)]
+    least, most = (f"{1e6 * seconds:.1f}" for seconds in a.predicted())
+    cells.insert(len(times), f"**{least}**" if least == most else f"**{least} to {most}**")
     return " | ".join([f"{a.tiles}", f"{a.flops / a.useful_flops:.2f}", f"{a.l2_bytes / memory:.2f}", *cells])
 
 

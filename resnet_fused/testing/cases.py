@@ -113,4 +113,6 @@ CONV_CASES = (
     ConvCase(1, 512, 3, 3, 40, kernel=3, padding=1, residual=True),
     ConvCase(1, 1, 4, 4, 1, kernel=3, padding=1),
     ConvCase(1, 8, 1, 1, 8, residual=True),
+    ConvCase(2, 16, 3, 3, 8, kernel=3, residual=True),
+    ConvCase(2, 16, 4, 5, 1, residual=True),
 )

@@ -163,8 +163,8 @@ def fused_parts(eager: nn.Module, fused: nn.Module, x: Tensor) -> list[Part]:
             owner = entry.name.removesuffix("stem").rstrip(".")
             stem, home = fused.get_submodule(owner), eager.get_submodule(owner)
             assert isinstance(stem, FusedStem)
-            layers = _stem_layers(home, stem._fused.spec)
-            found.append((entry, nn.Sequential(*layers), stem.run_stem, layers[0]))
+            layers = _stem_layers(home, stem._rf_state.spec)
+            found.append((entry, nn.Sequential(*layers), stem._rf_run_stem, layers[0]))
         else:
             module = fused.get_submodule(entry.name)
             block = eager.get_submodule(entry.name)

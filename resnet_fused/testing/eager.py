@@ -36,7 +36,7 @@ def eager_copy(model: M, *, channels_last: bool = False) -> M:
     for module in model.modules():
         instance: Any = module
         if isinstance(module, FusedStem):
-            instance.run_stem = MethodType(_stem, module)
+            instance._rf_run_stem = MethodType(_stem, module)
         elif isinstance(module, FusedBlock):
             instance.forward = MethodType(_block, module)
         elif isinstance(module, FusedConvBNReLU):
@@ -49,19 +49,19 @@ def original(model: M) -> M:
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, FusedModule):
-            for name in ("forward", "run_stem"):
+            for name in ("forward", "_rf_run_stem"):
                 module.__dict__.pop(name, None)
     return model
 
 
 def _stem(self: FusedStem, x: Tensor) -> Tensor:
-    for (conv, norm), act in zip(self._fused.spec.pairs, self._fused.spec.acts, strict=True):
+    for (conv, norm), act in zip(self._rf_state.spec.pairs, self._rf_state.spec.acts, strict=True):
         x = _call(self, act, _call(self, norm, _call(self, conv, x)))
     return x
 
 
 def _block(self: FusedBlock, x: Tensor) -> Tensor:
-    spec = self._fused.spec
+    spec = self._rf_state.spec
     hidden = x
     for i, (conv, norm) in enumerate(spec.pairs):
         if i:

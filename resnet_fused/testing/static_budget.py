@@ -52,17 +52,27 @@ class Resources:
     shared: int
 
     @property
-    def blocks(self) -> int:
-        """Blocks that a multiprocessor holds at once; 0: the kernel cannot be launched."""
-        limits = self.architecture
-        if self.shared > limits.shared_per_block:
-            return 0
+    def limits(self) -> dict[str, int]:
+        """Blocks that each of a multiprocessor's means allows: "registers", "shared", "threads"."""
+        device = self.architecture
         warps = -(-self.threads // 32)
         per_warp = -(-self.registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
-        # Each of a multiprocessor's four partitions has a quarter of the registers and of the warps.
-        by_registers = limits.registers // 4 // per_warp * 4 // warps
-        by_shared = limits.shared // (self.shared + RESERVED_SHARED)
-        return min(by_registers, by_shared, limits.threads // (warps * 32), limits.blocks)
+        return {
+            # Each of a multiprocessor's four partitions has a quarter of the registers and of the warps.
+            "registers": device.registers // 4 // per_warp * 4 // warps,
+            "shared": 0 if self.shared > device.shared_per_block else device.shared // (self.shared + RESERVED_SHARED),
+            "threads": min(device.threads // (warps * 32), device.blocks),
+        }
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a multiprocessor holds at once; 0: the kernel cannot be launched."""
+        return min(self.limits.values())
+
+    @property
+    def warps(self) -> int:
+        """Warps that a multiprocessor holds at once."""
+        return self.blocks * -(-self.threads // 32)
 
     @property
     def occupancy(self) -> float:

@@ -1,39 +1,39 @@
-"""Compile the Triton kernels for a named architecture, with no GPU, and read what came out.
+"""Compile what calls of conv_bn_act launch by Triton for a named architecture, with no GPU, and read what came out.
 
-``python -m resnet_fused.testing.triton_compile`` prints a table of every shipped config. Run it, and import this
-module, with TRITON_INTERPRET unset: the interpreter replaces the kernels by plain Python.
+``python -m resnet_fused.testing.triton_compile`` prints a table of every shipped config. Run it with TRITON_INTERPRET
+unset: the interpreter replaces the kernels by plain Python.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 from resnet_fused.ops.conv_bn_act import triton_config as cfg
-from resnet_fused.ops.conv_bn_act.triton_config import ConvConfig
-from resnet_fused.ops.convbn import short_dtype
+from resnet_fused.ops.conv_bn_act.triton_config import Architecture, ConvConfig
+from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, short_dtype
+from resnet_fused.testing.triton_driver import Binary, launches
 
 ARCHITECTURES = (80, 90, 100)
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _CLASSES = ((torch.bfloat16, "tf32"), (torch.float16, "tf32"), (torch.float32, "tf32"), (torch.float32, "ieee"))
-_VECTORS = ("bias", "mean", "var", "gamma", "beta")
+# The hardest shapes of each kernel first.
+_SHAPES = {"descriptor": ("3x3s2", "3x3", "1x1s2", "1x1"), "pointer": ("flat", "taps", "rows")}
+_PROCESSORS = 132
 
 
 class Variant(NamedTuple):
-    """One kernel to compile: a config for a dtype, the shape of filter it walks, an architecture.
+    """One call to compile: a config for a dtype, the shape of filter it walks, an architecture.
 
-    shape is "rows", "taps" or "flat" for the pointer kernel (conv_pointer's MODE), "1x1", "3x3" or "3x3s2" for the
-    descriptor kernel, "reduce" for the second kernel of split-K.
+    shape is "rows", "taps" or "flat" for the pointer kernel (conv_pointer's MODE); for the descriptor kernel it is the
+    filter and its stride. A config with split_k launches a second kernel, which adds the sums.
     """
 
     config: ConvConfig
@@ -56,162 +56,123 @@ class Variant(NamedTuple):
     @property
     def matrix(self) -> bool:
         """Whether the kernel multiplies matrices on tensor cores."""
-        return self.shape != "reduce" and (self.dtype != torch.float32 or self.precision == "tf32")
+        return self.dtype != torch.float32 or self.precision == "tf32"
+
+    def call(self) -> ConvBNActCall:
+        """A call that a launch with this config and shape serves; x and the residual are on the meta device."""
+        c = k = 1 if self.ones else 256
+        image, size, stride, padding = (1 if self.ones else 28), 1, 1, 0
+        if self.shape == "flat":  # fewer channels than a step reads, and a step for every split
+            size = 3 if self.config.split_k <= 8 else 7
+            c = 1 if self.ones else self.config.block_k * (4 if self.config.split_k <= 4 else 7) // 8
+        elif self.shape == "taps" and self.ones:
+            stride = 2
+        elif self.shape != "rows":
+            size = 1 if self.shape.startswith("1x1") else 3
+            stride = 2 if self.shape.endswith("s2") else 1
+        padding = size // 2
+        n = 1 if self.ones else 2**30 // (c * image * image) + 1 if self.wide else 256
+        x = _channels_last(n, c, image * stride, image * stride, self.dtype)
+        gamma, beta, mean, var = torch.ones(4, k, dtype=self.dtype).unbind()
+        weight = torch.zeros(k, c, size, size, dtype=self.dtype).to(memory_format=torch.channels_last)
+        conv = ConvBN(weight, None, gamma, beta, mean, var, 1e-5, (stride, stride), (padding, padding))
+        residual = _channels_last(n, k, *conv.output_size(*x.shape[2:]), self.dtype) if self.residual else None
+        return ConvBNActCall(x, conv, residual, "relu")
+
+
+def _channels_last(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty((n, c, h, w), dtype=dtype, device="meta", memory_format=torch.channels_last)
 
 
 class Compiled(NamedTuple):
-    """What the compiler made of a variant. Bytes of stack and local memory are spills when there is no array."""
+    """The kernels that a variant launched, the one that multiplies first; or why it did not come so far."""
 
     variant: Variant
-    registers: int
-    shared: int
-    stack: int
-    local: int
-    wgmma: int
-    tcgen05: int
-    mma: int
-    tma: int
+    kernels: tuple[Binary, ...]
+    error: str = ""
 
-    def row(self) -> str:
-        """One line of the table."""
-        counts = f"{self.wgmma:5d} {self.tcgen05:7d} {self.mma:5d} {self.tma:5d}"
-        return f"{self.variant.id:66s} {self.registers:5d} {self.shared:7d} {self.stack + self.local:6d} {counts}"
+    def rows(self) -> list[str]:
+        """A line of the table for each kernel."""
+        names = (self.variant.id, *(f"  {kernel.name}" for kernel in self.kernels[1:]))
+        return [
+            f"{name:66s} {kernel.registers:5d} {kernel.shared:7d} {kernel.stack:5d} {kernel.spills:6d} "
+            f"{' '.join(f'{kernel.ptx.count(word):5d}' for word in _INSTRUCTIONS.values())}"
+            for name, kernel in zip(names, self.kernels, strict=True)
+        ] or [f"{self.variant.id:66s}"]
 
     def faults(self) -> list[str]:
-        """What is wrong with the kernel: spills, too much shared memory, missing instructions."""
-        v, found = self.variant, []
-        if self.stack or self.local:
-            found.append(f"{self.stack} bytes of stack, {self.local} of local memory")
-        limit = cfg.shared_limit(v.capability)
-        if self.shared > limit:
-            found.append(f"{self.shared} bytes of shared memory, the architecture has {limit}")
-        half = v.dtype != torch.float32
-        if v.matrix and v.capability == 80 and not self.mma:
-            found.append("no mma.sync")
-        if v.matrix and v.capability == 90 and half and not self.wgmma:
-            found.append("no wgmma")
-        if v.matrix and v.capability == 100 and half and v.config.kernel == "descriptor" and not self.tcgen05:
-            found.append("no tcgen05.mma")
-        if v.config.kernel == "descriptor" and not self.tma:
-            found.append("no TMA load or store")
+        """What is wrong: spills, too much shared memory, missing instructions."""
+        v = self.variant
+        if self.error:
+            return [self.error]
+        limit, half = cfg.shared_limit(v.capability), v.dtype != torch.float32
+        found = [fault for kernel in self.kernels for fault in kernel.faults()]
+        found += [
+            f"{kernel.shared} bytes of shared memory, the architecture has {limit}"
+            for kernel in self.kernels
+            if kernel.shared > limit
+        ]
+        wanted = []
+        if v.matrix and v.capability == 80:
+            wanted.append("mma")
+        if v.matrix and v.capability == 90 and half:
+            wanted.append("wgmma")
+        if v.config.kernel == "descriptor":
+            wanted += ["tcgen05", "tma"] if v.matrix and v.capability == 100 and half else ["tma"]
+        found += [f"no {_INSTRUCTIONS[name]}" for name in wanted if _INSTRUCTIONS[name] not in self.kernels[0].ptx]
         return found
 
 
-HEADER = f"{'kernel':66s} {'regs':>5s} {'shared':>7s} {'spills':>6s} wgmma tcgen05   mma   tma"
+_INSTRUCTIONS = {
+    "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync", "tma": "cp.async.bulk.tensor",
+}  # fmt: skip
+HEADER = f"{'kernel':66s} {'regs':>5s} {'shared':>7s} {'stack':>5s} {'spills':>6s} " + " ".join(
+    f"{name[:5]:>5s}" for name in _INSTRUCTIONS
+)
 
 
 def compile_variant(variant: Variant) -> Compiled:
-    """Compile one variant and count what matters in its PTX and its cubin."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    """Launch the variant's call as a user's would be, on a device that is not there."""
+    from resnet_fused.ops.conv_bn_act import triton as conv_bn_act
 
-    kernel, types, constants = _specialise(variant)
-    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    divisible = [["tt.divisibility", 16]]
-    attrs = {
-        (i,): divisible
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or (signature[name] in ("i32", "i64") and name in _DIVISIBLE)
-    }
-    source = ASTSource(kernel, signature, constants, attrs)
-    target = GPUTarget("cuda", variant.capability, 32)
-    warps = 4 if variant.shape == "reduce" else variant.config.warps
-    options = {"num_warps": warps, "num_stages": variant.config.stages, "enable_fp_fusion": True}
-    result = triton.compile(source, target=target, options=options)
-    ptx = result.asm["ptx"]
-    usage = resource_usage(result.asm["cubin"])
-    return Compiled(
-        variant,
-        usage["REG"],
-        result.metadata.shared,
-        usage["STACK"],
-        usage["LOCAL"],
-        ptx.count("wgmma.mma_async"),
-        len(re.findall(r"tcgen05\.mma", ptx)),
-        ptx.count("mma.sync"),
-        ptx.count("cp.async.bulk.tensor"),
-    )
-
-
-def resource_usage(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local memory of the one kernel in a cubin, by the cuobjdump in Triton's wheel."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    line = next(line for line in text.splitlines() if "REG:" in line)
-    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
-
-
-# Sizes and strides that are multiples of 16 in every ResNet layer but the stem.
-_DIVISIBLE = ("C", "K", "x_n", "x_h", "x_w", "weight_k")
-
-
-def _specialise(v: Variant) -> tuple[Any, dict[str, str], dict[str, Any]]:
-    """The kernel, the types of its arguments and its constants, as a launch of the variant would give them."""
-    from resnet_fused.ops.conv_bn_act import triton_kernels as kernels
-
-    config, element = v.config, _TYPES[v.dtype]
-    types = {"eps": "fp32", "workspace": "*fp32"}
-    types |= dict.fromkeys(("x", "weight", "residual", "out"), f"*{element}") | dict.fromkeys(_VECTORS, "*fp32")
-    constants: dict[str, Any] = {"RELU": True, "PRECISION": v.precision, "WIDE": v.wide, "bias": None}
-    if not v.residual:
-        constants["residual"] = None
-    if v.shape == "reduce":
-        constants |= {"SPLITS": config.split_k, "BM": 4, "BN": 128}
-        kernel = kernels.conv_reduce
-    elif config.kernel == "pointer":
-        kernel = kernels.conv_pointer
-        constants |= {"S": 1, "TAPS": 1} if v.shape == "rows" else {"S": 3, "TAPS": 9}
-        constants |= {"MODE": v.shape, "SPLIT": config.split_k > 1, "BM": config.block_m, "BN": config.block_n}
-        constants |= {"BK": config.block_k, "GROUP_M": config.group_m}
-        constants |= dict.fromkeys(("residual", "out"), None) if config.split_k > 1 else {"workspace": None}
-        constants |= dict.fromkeys(("stride_h", "stride_w", "dil_h", "dil_w"), 1)
-        if v.ones:
-            constants |= dict.fromkeys(("C", "K", "groups", "x_n", "x_h", "x_w", "P", "Q", "steps_per_split"), 1)
-    else:
-        kernel = kernels.conv_descriptor
-        size, stride = (1, 1) if v.shape == "1x1" else (3, 2 if v.shape.endswith("s2") else 1)
-        tn, th, tw = (1, 1, config.block_m) if size == 1 else cfg.pixel_tile(256, 28, 28, config.block_m)
-        read = f"tensordesc<{element}[{tn}, {th}, {tw}, {config.block_k}]>"
-        types |= dict.fromkeys(("x00", "x01", "x10", "x11"), read)
-        types["weight"] = f"tensordesc<{element}[{config.block_n}, 1, {config.block_k}]>"
-        types |= dict.fromkeys(
-            ("residual", "out"), f"tensordesc<{element}[{tn}, {th}, {tw}, {config.block_n // config.parts}]>"
-        )
-        if stride == 1:
-            constants |= dict.fromkeys(("x01", "x10", "x11"), None)
-        constants |= {"R": size, "S": size, "STRIDE": stride, "PAD_H": size // 2, "PAD_W": size // 2}
-        constants |= {"DIL_H": 1, "DIL_W": 1, "TN": tn, "TH": th, "TW": tw, "BN": config.block_n}
-        constants |= {"BK": config.block_k, "GROUP_M": config.group_m, "PARTS": config.parts}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return kernel, dict.fromkeys(kernel.arg_names, "i32") | types, constants
+    v = variant
+    limit = cfg.shared_limit(v.capability)
+    flags, precision = torch.backends.cudnn.conv, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    with (
+        launches(v.capability, limit) as kernels,
+        mock.patch.object(cfg, "INTERPRETER", Architecture(v.capability, _PROCESSORS, limit)),
+    ):
+        flags.fp32_precision = v.precision
+        try:
+            conv_bn_act.run(v.call(), v.config)
+        except Exception as error:
+            return Compiled(v, (), f"{type(error).__name__}: {str(error).strip()}")
+        finally:
+            flags.fp32_precision = precision
+    return Compiled(v, tuple(kernels))
 
 
 def variants(capabilities: Iterable[int] = ARCHITECTURES, thorough: bool = True) -> Iterator[Variant]:
     """Every shipped config and dtype on each architecture that it fits, in each shape of filter that it walks.
 
-    Without ``thorough``: each config in the shape that takes the most registers, float16 (which compiles as bfloat16
-    does) on compute capability 9.0 alone, and one kernel with 64-bit offsets and with sizes of one per architecture.
+    Without ``thorough``: each config in the shape that takes the most registers, bfloat16 in two more of them, float16
+    (which compiles as bfloat16 does) on compute capability 9.0 alone, and one kernel with 64-bit offsets and one with
+    sizes of one for each shape and architecture.
     """
     for capability in capabilities:
-        arch = cfg.Architecture(capability, 1, cfg.shared_limit(capability))
+        arch = Architecture(capability, 1, cfg.shared_limit(capability))
         for dtype, precision in _CLASSES:
             if dtype == torch.float16 and not thorough and capability != 90:
                 continue
             configs = [c for c in cfg.shipped(dtype, precision) if cfg.fits(c, dtype, arch)]
             for config in configs:
-                shapes = ["3x3s2", "3x3", "1x1"] if config.kernel == "descriptor" else ["flat", "taps", "rows"]
-                for shape in shapes if thorough else shapes[: 2 if dtype == torch.bfloat16 else 1]:
-                    yield Variant(config, dtype, precision, shape, capability)
-                if config.split_k > 1:
-                    yield Variant(config, dtype, precision, "reduce", capability)
+                shapes = _SHAPES[config.kernel]
+                quick = len(shapes) - 1 if dtype == torch.bfloat16 else 1
+                for shape in shapes if thorough else shapes[:quick]:
+                    if config.split_k == 1 or shape != "rows":
+                        yield Variant(config, dtype, precision, shape, capability)
             if thorough or dtype == torch.bfloat16:
-                for shape in ("flat", "taps", "rows"):
+                for shape in _SHAPES["pointer"]:
                     yield Variant(configs[0], dtype, precision, shape, capability, wide=True)
                     yield Variant(configs[0], dtype, precision, shape, capability, residual=False, ones=True)
 
@@ -234,8 +195,8 @@ def main() -> int:
     for compiled in compile_all(list(variants(arguments.sm, not arguments.quick)), arguments.processes):
         faults = compiled.faults()
         failed += bool(faults)
-        print(compiled.row(), "; ".join(faults), flush=True)
-    print(f"{failed} kernels with faults")
+        print("\n".join(compiled.rows()), "; ".join(faults), flush=True)
+    print(f"{failed} calls with faults")
     return int(failed > 0)
 
 

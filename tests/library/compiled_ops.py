@@ -105,7 +105,8 @@ def blocks() -> None:
                     if shortcut is not None:
                         short = ConvBN(*[None if t is None else t.double() for t in shortcut[:6]], *shortcut[6:])
                     exact = BlockCall(x.double(), tuple(wide), short, None if ready is None else ready.double())
-                    check(op(*flat), eager, block.run_chain(exact, reference.run), eager, f"{kind} {depth} {dtype} {n}")
+                    other = block.run_chain(call, eager_by_onednn)
+                    check(op(*flat), eager, block.run_chain(exact, reference.run), other, f"{kind} {depth} {dtype} {n}")
                     if n == 3 and dtype == torch.float32:
                         torch.library.opcheck(op, tuple(flat))
 

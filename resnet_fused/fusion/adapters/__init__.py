@@ -6,8 +6,11 @@ A table names classes and says where their parts are, so a family whose package 
 from __future__ import annotations
 
 import threading
+from abc import ABCMeta
 from collections.abc import Callable
-from types import CodeType
+from dataclasses import replace
+from types import FunctionType
+from typing import Any
 
 from torch import nn
 
@@ -23,6 +26,8 @@ from resnet_fused.fusion.adapters import (
     torchvision,
 )
 from resnet_fused.fusion.adapters.table import BlockAdapter, StemAdapter
+from resnet_fused.modules.guards import own_method
+from resnet_fused.modules.matched import reached
 from resnet_fused.modules.spec import BlockSpec
 
 __all__ = ["BlockAdapter", "StemAdapter", "find_adapter", "find_stem", "register_adapter"]
@@ -46,7 +51,7 @@ _STEMS: dict[str, StemAdapter | Callable[[nn.Module], StemAdapter]] = {
     **open_clip.STEMS,
     **detectron2.STEMS,
 }
-_REGISTERED: dict[type, tuple[BlockAdapter, CodeType]] = {}
+_REGISTERED: dict[type, tuple[BlockAdapter, dict[str, Any]]] = {}  # with the functions of the class, by name
 _LOCK = threading.Lock()
 
 
@@ -84,12 +89,11 @@ def register_adapter(
         raise TypeError(f"cls: got {cls!r}, need a subclass of nn.Module that defines forward")
     if len(convs) not in (2, 3) or len(norms) != len(convs):
         raise ValueError(f"convs, norms: got {len(convs)} and {len(norms)} paths, need two or three of each")
-    code = getattr(cls.forward, "__code__", None)
-    if code is None:
+    if not isinstance(cls.forward, FunctionType):
         raise TypeError(f"cls: the forward of {cls.__name__} is no plain function")
     spec = BlockSpec.of(" ".join(convs), " ".join(norms), " ".join(acts), shortcut, " ".join(idle))
     with _LOCK:
-        _REGISTERED[cls] = (BlockAdapter("basic_block" if len(convs) == 2 else "bottleneck", spec), code)
+        _REGISTERED[cls] = (BlockAdapter("basic_block" if len(convs) == 2 else "bottleneck", spec), _functions(cls))
 
 
 def find_adapter(module: nn.Module) -> BlockAdapter | str | None:
@@ -97,9 +101,9 @@ def find_adapter(module: nn.Module) -> BlockAdapter | str | None:
     cls = type(module)
     for base in cls.__mro__:
         if base in _REGISTERED:
-            adapter, code = _REGISTERED[base]
-            own = getattr(cls.forward, "__code__", None)
-            return adapter if own is code and _called_plainly(cls) else _other_forward(cls, base)
+            adapter, functions = _REGISTERED[base]
+            same = _functions(cls) == functions and _called_plainly(cls)
+            return replace(adapter, methods=tuple(functions)) if same else _other_forward(cls, base)
         name = f"{base.__module__}.{base.__qualname__}"
         if name in _REFUSED:
             return _REFUSED[name]
@@ -108,7 +112,8 @@ def find_adapter(module: nn.Module) -> BlockAdapter | str | None:
             entry = _BLOCKS[name]
             if not same:
                 return _other_forward(cls, base)
-            return entry if isinstance(entry, BlockAdapter) else entry(module)
+            adapter = entry if isinstance(entry, BlockAdapter) else entry(module)
+            return replace(adapter, methods=reached(cls, adapter.methods))
     return source.read_block(module) if _called_plainly(cls) else None
 
 
@@ -124,18 +129,27 @@ def find_stem(module: nn.Module) -> StemAdapter | str | None:
     return None
 
 
-def _own_methods(cls: type, base: type, names: tuple[str, ...]) -> bool:
-    """Whether ``cls`` has each method as ``base``'s own source defines it: neither overridden nor patched."""
-    for name in names:
-        method = vars(base).get(name)
-        origin = (getattr(method, "__module__", None), getattr(method, "__qualname__", None))
-        if getattr(cls, name) is not method or origin != (base.__module__, f"{base.__qualname__}.{name}"):
-            return False
-    return True
+def _functions(cls: type[nn.Module]) -> dict[str, Any]:
+    """The forward of ``cls`` and the methods that it may call."""
+    return {name: getattr(cls, name) for name in reached(cls, ("forward",))}
+
+
+def _own_methods(cls: type[nn.Module], base: type, names: tuple[str, ...]) -> bool:
+    """Whether ``cls`` has these methods of ``base``, and those that they call, as the classes' own source defines them:
+    neither overridden nor patched."""
+    if any(getattr(cls, name) is not vars(base).get(name) for name in names):
+        return False
+    return all(own_method(cls, n) for n in reached(cls, names) if isinstance(getattr(cls, n), FunctionType))
 
 
 def _called_plainly(cls: type[nn.Module]) -> bool:
-    return cls.__call__ is nn.Module.__call__
+    """Whether a call of such a module is a call of its forward, its attributes are found as nn.Module finds them, and
+    a class can be derived from it without anybody's metaclass at work."""
+    plain = all(getattr(cls, name) is getattr(nn.Module, name) for name in _MACHINERY)
+    return plain and type(cls) in (type, ABCMeta)
+
+
+_MACHINERY = ("__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward", "__getattr__", "__getattribute__")
 
 
 def _other_forward(cls: type, base: type) -> str:

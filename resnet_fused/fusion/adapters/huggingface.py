@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from resnet_fused.fusion.adapters.table import BlockAdapter, StemAdapter
-from resnet_fused.modules.conv_bn_relu import FusedStem
+from resnet_fused.modules.conv_bn_relu import FusedStem, only
 from resnet_fused.modules.spec import BlockSpec, extended
 
 _MODULES = {
@@ -26,6 +28,8 @@ def _block(length: int, conv_layer: tuple[str, str]) -> BlockSpec:
         ),
         containers=(("layer", length),),
         wrappers=tuple((name, conv_layer) for name in layers),
+        optional="",
+        adds="+=",
     )
 
 
@@ -35,10 +39,11 @@ class FusedEmbeddings(FusedStem):
     num_channels: int
     pooler: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stem_pairs() is None or x.shape[1] != self.num_channels:
-            return self.original("forward")(x)  # type: ignore[no-any-return]
-        return self.pooler(self.run_stem(x))  # type: ignore[no-any-return]
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = only(args, kwargs)
+        if self._rf_stem_pairs(x) is None or x.shape[1] != self.num_channels:
+            return self._rf_original("forward")(*args, **kwargs)  # type: ignore[no-any-return]
+        return self.pooler(self._rf_run_stem(x))  # type: ignore[no-any-return]
 
 
 def _stem(conv_layer: tuple[str, str], names: tuple[str, ...]) -> StemAdapter:

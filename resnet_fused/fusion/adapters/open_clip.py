@@ -14,6 +14,7 @@ BLOCKS = {
         extended(
             BlockSpec.of("conv1 conv2 conv3", "bn1 bn2 bn3", "act1 act2 act3", "downsample"),
             extras=("", "avgpool", ""),
+            adds="+=",
         ),
     ),
 }
@@ -25,7 +26,9 @@ class FusedModifiedResNet(FusedStem):
     avgpool: nn.Module
 
     def stem(self, x: Tensor) -> Tensor:
-        return self.avgpool(self.run_stem(x))  # type: ignore[no-any-return]
+        if self._rf_stem_pairs(x) is None:
+            return self._rf_original("stem")(x)  # type: ignore[no-any-return]
+        return self.avgpool(self._rf_run_stem(x))  # type: ignore[no-any-return]
 
 
 STEMS = {

@@ -26,9 +26,9 @@ def _refusal(block: nn.Module) -> str | None:
     return None
 
 
-_BASIC = extended(BlockSpec.of("conv1 conv2", "bn1 bn2", "relu", "downsample"), extras=("", "drop_path"))
+_BASIC = extended(BlockSpec.of("conv1 conv2", "bn1 bn2", "relu", "downsample"), extras=("", "drop_path"), adds="+=")
 _BOTTLENECK = extended(
-    BlockSpec.of("conv1 conv2 conv3", "bn1 bn2 bn3", "relu", "downsample"), extras=("", "", "drop_path")
+    BlockSpec.of("conv1 conv2 conv3", "bn1 bn2 bn3", "relu", "downsample"), extras=("", "", "drop_path"), adds="+="
 )
 
 BLOCKS = {

@@ -8,9 +8,11 @@ statement, decorator, closure or condition, and the class is not taken for a blo
 from __future__ import annotations
 
 import ast
-import functools
+import contextlib
 import inspect
 import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -19,11 +21,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from resnet_fused.fusion.adapters.table import BlockAdapter
-from resnet_fused.modules import parts
+from resnet_fused.modules import guards
+from resnet_fused.modules.matched import resolve
 from resnet_fused.modules.spec import BlockSpec, Path, find
 
-# An expression: ("x",), ("call", path, e), ("maybe", path, e) for path(e) if path is there else e, ("relu", e) and
-# ("add", e, e).
+# An expression: ("x",), ("call", path, e), ("maybe", path, e, how) for path(e) if path is there else e, ("relu", e) and
+# ("add", e, e, how); how is as in BlockSpec.optional and BlockSpec.adds.
 Expr = tuple[Any, ...]
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -34,35 +37,80 @@ class _Unreadable(Exception):
     """The forward has something in it that is not read here."""
 
 
+@dataclass
+class _Reading:
+    """What a forward computes, None where it is not read here; the paths that it calls, in order; and what the global
+    names in it stood for, dotted ones and their beginnings: it holds while they do."""
+
+    expression: Expr | None
+    order: list[Path]
+    names: dict[str, Any]
+    beginnings: dict[str, Any]
+
+
+_READINGS: dict[tuple[CodeType, int], tuple[FunctionType, _Reading]] = {}
+
+
 def read_block(module: nn.Module) -> BlockAdapter | None:
     """The adapter of this very block, or None where its forward is not that of a residual block."""
     forward = type(module).forward
     if not isinstance(forward, FunctionType) or (forward.__module__ or "").startswith("torch."):
         return None
-    expression = _expression(forward)
-    return None if expression is None else _adapter(module, expression)
+    key = (forward.__code__, id(forward.__globals__))
+    _, reading = _READINGS.get(key, (forward, None))
+    if reading is None or not _holds(reading, forward.__globals__):
+        reading = _read(forward)
+        if len(_READINGS) >= _MOST_READINGS:
+            _READINGS.clear()
+        _READINGS[key] = forward, reading  # which keeps its globals alive, so that their id stays theirs
+    return None if reading.expression is None else _adapter(module, reading.expression, reading)
 
 
-def _adapter(module: nn.Module, expression: Expr) -> BlockAdapter | None:
+_MOST_READINGS = 1024
+
+
+def _holds(reading: _Reading, scope: dict[str, Any]) -> bool:
+    now = all(scope.get(name) is value for name, value in reading.beginnings.items())
+    return now and all(resolve(scope, tuple(name.split("."))) is value for name, value in reading.names.items())
+
+
+def _adapter(module: nn.Module, expression: Expr, reading: _Reading) -> BlockAdapter | None:
     """Match relu(norm(conv(… relu(norm(conv(x))))) + shortcut)."""
     last: list[Path] = []
     total = _act(expression, last)
     if total is None or total[0] != "add":
         return None
-    for chain, added in (total[1:], total[:0:-1]):
+    _, left, right, how = total
+    # A sum in place is written into its left side, which only the last norm's result may be.
+    for chain, added in ((left, right), (right, left))[: 1 if how == "+=" else 2]:
         acts = list(last)
         containers: list[tuple[Path, int]] = []
-        if added == _X:
-            shortcut = None
-        elif added[0] in ("call", "maybe") and added[2] == _X:
-            shortcut = added[1]
-        else:
+        shortcut, optional, adds = None, "", how
+        if added[0] in ("call", "maybe") and added[2] == _X:
+            shortcut, optional = added[1], (added[3] if added[0] == "maybe" else "")
+            called = {path: i for i, path in enumerate(reading.order)}
+            if any(called[path] > called[shortcut] for path in _called(chain)):
+                adds = ""
+        elif added != _X:
             continue
         pairs = _pairs(_expand(module, chain, containers), acts)
         if pairs is not None:
-            spec = BlockSpec(pairs, tuple(dict.fromkeys(acts)), shortcut, (), tuple(containers))
-            return BlockAdapter("basic_block" if len(pairs) == 2 else "bottleneck", spec)
+            spec = BlockSpec(
+                pairs, tuple(dict.fromkeys(acts)), shortcut, containers=tuple(containers), optional=optional, adds=adds
+            )
+            kind = "basic_block" if len(pairs) == 2 else "bottleneck"
+            return BlockAdapter(kind, spec, names=tuple(reading.names.items()))
     return None
+
+
+def _called(expression: Expr) -> Iterator[Path]:
+    """The paths that a chain calls."""
+    while expression != _X:
+        if expression[0] == "call":
+            yield expression[1]
+        expression = expression[2] if expression[0] == "call" else expression[1]
+        if expression[0] not in ("call", "relu", "x"):
+            return
 
 
 def _act(expression: Expr, acts: list[Path]) -> Expr | None:
@@ -95,7 +143,7 @@ def _expand(module: nn.Module, expression: Expr, containers: list[tuple[Path, in
         return expression
     path, inner = expression[1], _expand(module, expression[2], containers)
     found = find(module, path)
-    if type(found) is not nn.Sequential or parts.touched(found):
+    if type(found) is not nn.Sequential or guards.touched(found) or not len(found):
         return ("call", path, inner)
     containers.append((path, len(found)))
     for key in found._modules:
@@ -103,46 +151,29 @@ def _expand(module: nn.Module, expression: Expr, containers: list[tuple[Path, in
     return inner
 
 
-def _expression(forward: FunctionType) -> Expr | None:
-    return _read(forward.__code__, _Globals(forward))
-
-
-class _Globals:
-    """A function's global names; equal for the cache's sake where the function's module is the same."""
-
-    def __init__(self, function: FunctionType) -> None:
-        self.function = function
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Globals) and other.function.__globals__ is self.function.__globals__
-
-    def __hash__(self) -> int:
-        return id(self.function.__globals__)
-
-
-@functools.lru_cache(maxsize=1024)
-def _read(code: CodeType, where: _Globals) -> Expr | None:
-    """The expression that the function computes, or None."""
-    function = where.function
+def _read(function: FunctionType) -> _Reading:
+    """What the function computes."""
+    code, scope = function.__code__, function.__globals__
+    reading = _Reading(None, [], {}, {name: scope[name] for name in code.co_names if name in scope})
     if code.co_freevars or code.co_argcount != 2 or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
-        return None
+        return reading
     try:
         source = textwrap.dedent(inspect.getsource(code))
         tree = ast.parse(source)
     except (OSError, TypeError, SyntaxError):
-        return None
+        return reading
     if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
-        return None
+        return reading
     definition = tree.body[0]
     if not _same_code(definition, code, function.__globals__):
-        return None
+        return reading
     names = [a.arg for a in definition.args.args]
     if definition.decorator_list or len(names) != 2 or definition.args.defaults or definition.args.kwonlyargs:
-        return None
-    try:
-        return _Reader(names[0], names[1], function.__globals__).run(definition.body)
-    except _Unreadable:
-        return None
+        return reading
+    reader = _Reader(names[0], names[1], function.__globals__, reading)
+    with contextlib.suppress(_Unreadable):
+        reading.expression = reader.run(definition.body)
+    return reading
 
 
 def _same_code(definition: ast.FunctionDef, code: CodeType, globals_: dict[str, Any]) -> bool:
@@ -167,9 +198,9 @@ def _content(code: CodeType) -> tuple[Any, ...]:
 def _calls(expression: Expr) -> int:
     """How many calls are in it."""
     match expression:
-        case ("relu", inner) | ("call" | "maybe", _, inner):
+        case ("relu", inner) | ("call", _, inner) | ("maybe", _, inner, _):
             return 1 + _calls(inner)
-        case ("add", left, right):
+        case ("add", left, right, _):
             return _calls(left) + _calls(right)
         case _:
             return 0
@@ -178,8 +209,8 @@ def _calls(expression: Expr) -> int:
 class _Reader:
     """Runs the statements of a forward on expressions."""
 
-    def __init__(self, me: str, x: str, globals_: dict[str, Any]) -> None:
-        self.me, self.globals = me, globals_
+    def __init__(self, me: str, x: str, globals_: dict[str, Any], reading: _Reading) -> None:
+        self.me, self.globals, self.reading = me, globals_, reading
         self.values: dict[str, Expr] = {x: _X}
         self.calls = 0
 
@@ -188,13 +219,13 @@ class _Reader:
             match statement:
                 case ast.Expr(value=ast.Constant()):
                     pass
-                case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                case ast.Assign(targets=[ast.Name(id=name)], value=value) if name != self.me:
                     self.values[name] = self.value(value)
                 case ast.AugAssign(target=ast.Name(id=name), op=ast.Add(), value=value):
                     before = self.values.get(name, _X)
-                    if before[0] != "call" or sum(v is before for v in self.values.values()) > 1:
+                    if before[0] != "call" or before[2] == _X or sum(v is before for v in self.values.values()) > 1:
                         raise _Unreadable  # written in place: it may be the input, or have another name
-                    self.values[name] = ("add", before, self.value(value))
+                    self.values[name] = ("add", before, self.value(value), "+=")
                 case ast.If(test=test, body=[ast.Assign(targets=[ast.Name(id=name)], value=value)], orelse=orelse):
                     self.values[name] = self.optional(test, name, value, orelse)
                 case ast.Return(value=value) if value is not None:
@@ -210,9 +241,9 @@ class _Reader:
         """``if self.a is not None: name = self.a(e)``, where name is e otherwise."""
         match test:
             case ast.Compare(left=left, ops=[ast.IsNot()], comparators=[ast.Constant(value=None)]):
-                path = self.path(left)
+                path, how = self.path(left), "is not None"
             case _:
-                path = self.path(test)
+                path, how = self.path(test), "truth"
         match orelse:
             case []:
                 otherwise = self.values.get(name)
@@ -223,14 +254,14 @@ class _Reader:
         called = self.value(value)
         if called[0] != "call" or called[1] != path or called[2] != otherwise:
             raise _Unreadable
-        return ("maybe", path, called[2])
+        return ("maybe", path, called[2], how)
 
     def value(self, node: ast.expr) -> Expr:
         match node:
             case ast.Name(id=name) if name in self.values:
                 return self.values[name]
             case ast.BinOp(left=left, op=ast.Add(), right=right):
-                return ("add", self.value(left), self.value(right))
+                return ("add", self.value(left), self.value(right), "+")
             case ast.Call(func=func, args=[argument], keywords=keywords):
                 self.calls += 1
                 if self.is_relu(func):
@@ -239,14 +270,17 @@ class _Reader:
                     return ("relu", self.value(argument))
                 if keywords:
                     raise _Unreadable
-                return ("call", self.path(func), self.value(argument))
+                path, value = self.path(func), self.value(argument)
+                self.reading.order.append(path)
+                return ("call", path, value)
             case _:
                 raise _Unreadable
 
     def is_relu(self, node: ast.expr) -> bool:
         match node:
             case ast.Call(func=cls, args=[], keywords=keywords):  # nn.ReLU(inplace=True)(…)
-                return self.known(cls) is nn.ReLU and all(k.arg == "inplace" for k in keywords)
+                plain = all(k.arg == "inplace" and isinstance(k.value, ast.Constant) for k in keywords)
+                return plain and self.known(cls) is nn.ReLU
             case _:
                 return any(self.known(node) is relu for relu in _RELUS)
 
@@ -258,9 +292,9 @@ class _Reader:
             node = node.value
         if not isinstance(node, ast.Name) or node.id == self.me or node.id in self.values:
             return None
-        found = self.globals.get(node.id)
-        for name in reversed(names):
-            found = getattr(found, name, None)
+        path = (node.id, *reversed(names))
+        found = resolve(self.globals, path)
+        self.reading.names[".".join(path)] = found
         return found
 
     def path(self, node: ast.expr) -> Path:

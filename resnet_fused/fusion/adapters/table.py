@@ -10,6 +10,7 @@ from torch import nn
 from resnet_fused.modules.block import FusedBlock
 from resnet_fused.modules.blocks import FusedBasicBlock, FusedBottleneck
 from resnet_fused.modules.conv_bn_relu import FusedStem
+from resnet_fused.modules.matched import Global
 from resnet_fused.modules.spec import BlockSpec
 
 KINDS: dict[str, type[FusedBlock]] = {"basic_block": FusedBasicBlock, "bottleneck": FusedBottleneck}
@@ -23,12 +24,15 @@ def _always(module: nn.Module) -> str | None:
 class BlockAdapter:
     """A class of blocks: which kind it is (a key of ``KINDS``), where its parts are, and why one cannot be fused.
 
-    Where blocks of a class have several shapes, its table names a function from the block to its adapter.
+    names are functions that the forward has by global names, and methods those of the class that it relies on. Where
+    blocks of a class have several shapes, its table names a function from the block to its adapter.
     """
 
     kind: str
     spec: BlockSpec
     refusal: Callable[[nn.Module], str | None] = _always
+    methods: tuple[str, ...] = ("forward",)
+    names: tuple[Global, ...] = ()
 
 
 @dataclass(frozen=True)

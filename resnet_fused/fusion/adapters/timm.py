@@ -9,14 +9,17 @@ from resnet_fused.modules.conv_bn_relu import FusedStem
 from resnet_fused.modules.spec import BlockSpec, extended
 
 BASIC = extended(
-    BlockSpec.of("conv1 conv2", "bn1 bn2", "act1 act2", "downsample", "drop_block"), extras=("aa", "se drop_path")
+    BlockSpec.of("conv1 conv2", "bn1 bn2", "act1 act2", "downsample", "drop_block"),
+    extras=("aa", "se drop_path"),
+    adds="+=",
 )
 BOTTLENECK = extended(
     BlockSpec.of("conv1 conv2 conv3", "bn1 bn2 bn3", "act1 act2 act3", "downsample", "drop_block"),
     extras=("", "aa", "se drop_path"),
+    adds="+=",
 )
 SENET_BOTTLENECK = extended(
-    BlockSpec.of("conv1 conv2 conv3", "bn1 bn2 bn3", "relu", "downsample"), extras=("", "", "se_module")
+    BlockSpec.of("conv1 conv2 conv3", "bn1 bn2 bn3", "relu", "downsample"), extras=("", "", "se_module"), adds="+"
 )  # fmt: skip
 
 BLOCKS = {
@@ -48,9 +51,9 @@ class FusedResNet(FusedStem):
     layer4: nn.Module
 
     def forward_features(self, x: Tensor) -> Tensor:
-        if self.stem_pairs() is None or self.grad_checkpointing:
-            return self.original("forward_features")(x)  # type: ignore[no-any-return]
-        x = self.run_stem(x)
+        if self._rf_stem_pairs(x) is None or self.grad_checkpointing:
+            return self._rf_original("forward_features")(x)  # type: ignore[no-any-return]
+        x = self._rf_run_stem(x)
         for layer in (self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)
         return x

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from resnet_fused.fusion.adapters.table import BlockAdapter, StemAdapter
-from resnet_fused.modules.conv_bn_relu import FusedStem
+from resnet_fused.modules.conv_bn_relu import FusedStem, only
 from resnet_fused.modules.resnet import STEM
 from resnet_fused.modules.spec import BASIC_BLOCK, BOTTLENECK, BlockSpec, extended, find
 
@@ -60,20 +60,22 @@ class FusedResNet(FusedStem):
     fc: nn.Module
 
     def _forward_impl(self, x: Tensor) -> Tensor:
+        if self._rf_stem_pairs(x) is None:
+            return self._rf_original("_forward_impl")(x)  # type: ignore[no-any-return]
         layers = [self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4, self.avgpool]
-        return self.fc(self.run_features(x, layers))  # type: ignore[no-any-return]
+        return self.fc(self._rf_run_features(x, layers))  # type: ignore[no-any-return]
 
 
 class FusedLayerGetter(FusedStem):
     """torchvision's IntermediateLayerGetter over a ResNet, with the stem as one op."""
 
     return_layers: dict[str, str]
-    _original_forward: Callable[[Tensor], OrderedDict[str, Tensor]]
 
-    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        if _layer_getter_refusal(self) is not None:
-            return self._original_forward(x)
-        x = self.run_stem(x)
+    def forward(self, *args: Any, **kwargs: Any) -> OrderedDict[str, Tensor]:
+        x = only(args, kwargs)
+        if _layer_getter_refusal(self) is not None or self._rf_stem_pairs(x) is None:
+            return self._rf_original("forward")(*args, **kwargs)  # type: ignore[no-any-return]
+        x = self._rf_run_stem(x)
         out: OrderedDict[str, Tensor] = OrderedDict()
         for name, module in self._modules.items():
             if name not in _STEM_NAMES:

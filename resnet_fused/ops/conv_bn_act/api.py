@@ -9,12 +9,14 @@ from torch import Tensor
 
 from resnet_fused import backends
 from resnet_fused.ops import library, packed
-from resnet_fused.ops.conv_bn_act import reference
+from resnet_fused.ops.conv_bn_act import reference, unpacked
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, check_call
 from resnet_fused.ops.layout import like_eager
 from resnet_fused.ops.schemas import SCHEMAS
+from resnet_fused.ops.tensor_cache import CACHE
 
 OP = library.define("conv_bn_act", SCHEMAS["conv_bn_act"])
+_CHANNELS_LAST, _SCALED = packed.new_kind(), packed.new_kind()
 
 
 def call_op(x: Tensor, conv: ConvBN, residual: Tensor | None, act: str, backend: str) -> Tensor:
@@ -53,7 +55,7 @@ def compute(call: ConvBNActCall, backend: str) -> Tensor:
     if call.x.numel() == 0 or call.conv.weight.numel() == 0:
         backend = "reference"
     elif backend == backends.AUTO and not packed.settled(call.conv.tensors()):
-        return reference.run(call)
+        return unpacked.run(call)
     module = backends.choose("conv_bn_act", call, backend, candidates(call.x, call.conv))
     out: Tensor = module.run(call)
     return out if module is reference else like_eager(out, _eager, call.x, (call.conv,), call.residual)
@@ -139,7 +141,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
     dx = dweight = dbias = dgamma = dbeta = None
     if need_x:
-        scaled = (weight.to(wide) * scale.view(column)).to(weight.dtype)
+        scaled = _scaled(weight, scale) if torch.is_grad_enabled() else _kept_scaled(weight, scale, ctx.saved_tensors)
         dx = convolution_backward(scaled, [True, False, False])[0]
     if need_bias or need_gamma or need_beta:
         dbeta = grad.sum((0, 2, 3), dtype=wide)
@@ -159,6 +161,45 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (dx, dweight, dbias, dgamma, dbeta, *[None] * 7, dresidual, None, None)
 
 
+def _keeps_output(conv: ConvBN) -> bool:
+    """Whether γ alone is trained: its gradient needs the convolution's output, and to keep that, as aten does, is
+    quicker than a filter's gradient."""
+    return conv.bn_weight is not None and conv.bn_weight.requires_grad and not conv.weight.requires_grad
+
+
+def _with_kept_weight(call: ConvBNActCall) -> ConvBNActCall:
+    """The call with a copy of its weight that aten need not copy again, where the weight stays from call to call."""
+    weight = call.conv.weight
+    if weight.requires_grad or call.x.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last):
+        return call
+    if not packed.settled((weight,)):
+        return call
+    kept = CACHE.get(_CHANNELS_LAST, (weight,), None, lambda: packed.outside_of_modes(_channels_last, weight))
+    return call._replace(conv=call.conv._replace(weight=kept))
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def _kept_scaled(weight: Tensor, scale: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+    """:func:`_scaled` in channels_last, kept where the weights stay: gradients of images through a frozen network."""
+    _, _, _, gamma, mean, var, _ = saved
+    tensors = (weight, gamma, mean, var)
+    if any(t is not None and t.requires_grad for t in tensors) or not packed.settled(tensors):
+        return _scaled(weight, scale)
+
+    def build() -> Tensor:
+        return _channels_last(_scaled(weight, scale))
+
+    kept: Tensor = CACHE.get(_SCALED, tensors, scale.dtype, lambda: packed.outside_of_modes(build))
+    return kept
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight.to(scale.dtype) * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+
+
 def _autograd(*args: Any) -> Tensor:
     if library.transformed():
         return reference.run(_call(args[:-1]))
@@ -166,11 +207,9 @@ def _autograd(*args: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             return OP(*args)  # type: ignore[no-any-return]
     call = _call(args[:-1])
-    gamma, weight = call.conv.bn_weight, call.conv.weight
-    if gamma is not None and gamma.requires_grad and not weight.requires_grad and args[-1] == backends.AUTO:
-        # γ's gradient needs the convolution's output: to keep it, as aten does, is quicker than a filter's gradient.
+    if args[-1] == backends.AUTO and (_keeps_output(call.conv) or not packed.settled(call.conv.tensors())):
         check_call(call)
-        return reference.run(call)
+        return unpacked.run(_with_kept_weight(call))
     return _Function.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
 
 

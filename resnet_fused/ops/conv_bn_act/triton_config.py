@@ -141,8 +141,8 @@ POINTER_IEEE = (
     ConvConfig("pointer", 64, 32, 16, 4, 3),
     ConvConfig("pointer", 64, 16, 16, 4, 3),
     ConvConfig("pointer", 64, 64, 16, 4, 3, split_k=4),
-    ConvConfig("pointer", 64, 32, 16, 4, 3, split_k=8),
-    ConvConfig("pointer", 64, 64, 16, 4, 3, split_k=16),
+    ConvConfig("pointer", 64, 32, 16, 4, 3, split_k=8, below=100),
+    ConvConfig("pointer", 64, 64, 16, 4, 3, split_k=16, below=100),
 )
 DESCRIPTOR_HALF = (
     ConvConfig("descriptor", 128, 256, 64, 8, 3, below=100),  # the most arithmetic per byte of shared memory
@@ -154,7 +154,7 @@ DESCRIPTOR_HALF = (
     ConvConfig("descriptor", 128, 32, 64, 4, 4, blocks_per_sm=2),
 )
 DESCRIPTOR_TF32 = (
-    ConvConfig("descriptor", 128, 128, 32, 8, 4),
+    ConvConfig("descriptor", 128, 128, 32, 8, 4, below=100),
     ConvConfig("descriptor", 128, 64, 32, 4, 4, blocks_per_sm=2),
     ConvConfig("descriptor", 64, 64, 32, 4, 4, blocks_per_sm=2),
 )

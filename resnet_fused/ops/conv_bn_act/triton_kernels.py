@@ -166,13 +166,12 @@ def conv_reduce(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=ok)
 
 
-@triton.jit
-def _first_tap(PARITY: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr):
+@triton.constexpr_function
+def _first_tap(parity, stride, pad, dil):
     """The first tap that falls on rows (or columns) of this parity: 0 or 1, or a tap beyond the filter."""
-    on_first: tl.constexpr = (PARITY + PAD) % STRIDE == 0
-    on_second: tl.constexpr = (DIL - PAD - PARITY) % STRIDE == 0
-    first: tl.constexpr = 0 if on_first else (1 if on_second else 1 << 20)
-    return first
+    if (parity + pad) % stride == 0:
+        return 0
+    return 1 if (dil - pad - parity) % stride == 0 else 1 << 20
 
 
 @triton.jit

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,35 @@ def describe(device: torch.device) -> dict[str, str]:
         "commit": commit(_ROOT) or f"v{resnet_fused.__version__}",
         "peers": " ".join(f"{name} {version}" for name, version in _peers().items() if version),
         "tuning": lookup.summary(device),
+        "flags": flags() if cuda else "",
     }
+
+
+def flags() -> str:
+    """What decides how eager PyTorch computes on a CUDA device, as it is set now."""
+    backends: Any = torch.backends
+    precision = f"conv {backends.cudnn.conv.fp32_precision} matmul {backends.cuda.matmul.fp32_precision}"
+    return f"cudnn.benchmark {'on' if backends.cudnn.benchmark else 'off'} {precision}"
+
+
+@contextlib.contextmanager
+def pinned(device: torch.device) -> Iterator[None]:
+    """Within it what decides how eager PyTorch computes on a CUDA device is the same in every run, whatever it was.
+
+    cuDNN tries its algorithms and keeps the fastest, which is how users make eager fast; float32 convolutions may use
+    TF32 and float32 matrix products may not, which is PyTorch's default.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    backends: Any = torch.backends
+    conv, matmul = backends.cudnn.conv, backends.cuda.matmul
+    before = backends.cudnn.benchmark, conv.fp32_precision, matmul.fp32_precision
+    try:
+        backends.cudnn.benchmark, conv.fp32_precision, matmul.fp32_precision = True, "tf32", "ieee"
+        yield
+    finally:
+        backends.cudnn.benchmark, conv.fp32_precision, matmul.fp32_precision = before
 
 
 def commit(root: Path) -> str:

@@ -102,13 +102,27 @@ def machine_for(device: torch.device) -> Machine:
     return CUDAMachine(device) if device.type == "cuda" else Machine(device)
 
 
+def measure_cache(machine: Machine, nbytes: int) -> float:
+    """Bytes per second, read and written, of copies between two buffers that together fill ``nbytes`` of a cache."""
+    source = torch.randn(nbytes // 8, device=machine.device)
+    target = torch.empty_like(source)
+
+    def copies() -> None:
+        for _ in range(50):
+            target.copy_(source)
+
+    call = machine.graph(copies) if machine.graphs else copies
+    timing = interleaved({"": call}, device=machine.device, repeats=10, sample=machine.sample("warm"))
+    return 50 * 2 * source.numel() * source.element_size() / timing[""].percentile(20)
+
+
 def measure_rates(machine: Machine, name: str, dtypes: tuple[torch.dtype, ...], *, size: int | None = None) -> Device:
     """The device as a roofline: bytes per second of a large copy, FLOP/s of a square matrix product in each dtype.
 
     ``size`` is the edge of the matrices, and 16 times its square the bytes copied; the default suits the device.
     """
     size = size or (8192 if machine.device.type == "cuda" else 2048)
-    source = torch.zeros(4 * size * size, device=machine.device)
+    source = torch.randn(4 * size * size, device=machine.device)  # zeros may move faster than data
     target = torch.empty_like(source)
 
     def fastest(call: Call) -> float:

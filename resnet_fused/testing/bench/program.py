@@ -58,6 +58,11 @@ def execute(options: Options, out: Console, machine: Machine | None = None) -> R
         ValueError: there is no such contender or suite, or no case is left.
         ModelError: there is no such model.
     """
+    with environment.pinned(options.device):
+        return _execute(options, out, machine)
+
+
+def _execute(options: Options, out: Console, machine: Machine | None) -> Result:
     device = options.device
     machine = machine or machine_for(device)
     present, absent = contenders.choose(device, options.contender, compiled=options.compiled)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from resnet_fused import files
 
-ADDED = ("peers", "tuning")  # columns that files of before do not have: the last ones
+ADDED = ("peers", "tuning", "flags")  # columns that files of before do not have: the last ones, in this order
 ENVIRONMENT = (
     *("device", "cpu", "driver", "clocks", "cuda", "cudnn", "python", "torch", "triton", "onednn", "threads", "tf32"),
     *("commit", *ADDED),
@@ -30,6 +30,7 @@ COLUMNS = (
     *ADDED,
 )
 OLDER = COLUMNS[: -len(ADDED)]
+_HEADERS = tuple(COLUMNS[:end] for end in range(len(OLDER), len(COLUMNS) + 1))
 STATUSES = ("ok", "red", "absent")
 
 Row = dict[str, str]
@@ -51,7 +52,7 @@ def read(path: Path) -> tuple[list[Row], list[str]]:
     problems: list[str] = []
     head, *lines = path.read_bytes().splitlines() or [b""]
     header = tuple(head.decode(errors="replace").split(","))
-    if header not in (COLUMNS, OLDER):
+    if header not in _HEADERS:
         raise ValueError(f"{path}:1: the header is not this version's; need {','.join(COLUMNS)}")
     for number, line in enumerate(lines, 2):
         try:
@@ -106,9 +107,10 @@ def append(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
 def _widened(old: bytes) -> bytes:
     """A file of before with the columns that it lacks, empty."""
     head, *lines = old.splitlines()
-    if head.decode() != ",".join(OLDER):
+    columns = tuple(head.decode().split(","))
+    if columns == COLUMNS or columns not in _HEADERS:
         return old
-    empty = b"," * len(ADDED)
+    empty = b"," * (len(COLUMNS) - len(columns))
     return b"\n".join([",".join(COLUMNS).encode(), *(line + empty for line in lines), b""])
 
 
