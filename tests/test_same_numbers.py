@@ -21,9 +21,8 @@ from small_networks import KINDS
 from torch import Tensor, nn
 from twins import MODES, Look, Side, Twins, in_float64, run
 from ways_of_changing import CHANGES, PATCHES
-from ways_of_writing import WAYS, moved, tensors
-
-import resnet_fused as rf
+from ways_of_replacing import WAYS
+from ways_of_writing import moved, tensors
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 SEQUENCES, STEPS = (3000, 20) if NIGHTLY else (200, 8)

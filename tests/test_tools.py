@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -301,8 +302,9 @@ def test_sharing_with_another_process_stays() -> None:
 
 def test_fully_shard_of_one_process(tmp_path: Path) -> None:
     """FSDP2 takes contiguous parameters alone; steps and predictions alternate, whose unsharded tensors come and go."""
+    script = Path(__file__).with_name("fully_sharded.py")
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("fully_sharded.py")), str(tmp_path / "meeting")],
-        capture_output=True, text=True, timeout=120,
+        [sys.executable, str(script), str(tmp_path / "meeting")], capture_output=True, text=True, timeout=200,
+        env=dict(os.environ, PYTHONPATH=str(script.parents[1])),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
