@@ -110,7 +110,7 @@ def test_a_dropped_model_is_gone(mode: Callable[[nn.Module, Tensor], None], dtyp
     model = rf.fuse(network("basic").to(dtype))
     for _ in range(3):
         mode(model, x)
-    held = [t for t in (*model.parameters(), *model.buffers())]
+    held = [*model.parameters(), *model.buffers()]
     refs = [weakref.ref(t) for t in held] + [weakref.ref(t.untyped_storage()) for t in held]
     del model, held
     gc.collect()
