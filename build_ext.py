@@ -240,12 +240,18 @@ def _ninja(module: Path, nvcc: str | None) -> str:
     library = module.parent / LIBRARY
     target = "0x" + "".join(f"{part:02x}" for part in ABI_TARGET) + "0" * 12
     common = f"-std=c++20 -O3 -DTORCH_TARGET_VERSION={target} -I{CSRC} -I. -isystem {torch}/include"
+    # What __FILE__ says in messages must not tell where it was built, and be the same wherever that was.
+    python = sysconfig.get_path("include")
+    names = {python: "python", torch: "torch", ROOT: "resnet_fused"}
+    prefixes = [f"-ffile-prefix-map={folder}={name}" for folder, name in names.items()]
+    hardened = ["-fPIC", "-fvisibility=hidden", "-fstack-protector-strong", *prefixes]
+    strict = ["-Wall", "-Wextra", "-Werror"]
     lines = [
         f"cxx = {compiler()}",
         f"nvcc = {nvcc}",
         f"common = {common}",
-        f"cxxflags = -fPIC -fvisibility=hidden -Wall -Wextra -Werror{' -DRF_CUDA' if nvcc else ''}",
-        "cudaflags = -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror -Werror=all-warnings -Xptxas=-v "
+        f"cxxflags = {' '.join([*hardened, *strict])}{' -DRF_CUDA' if nvcc else ''}",
+        f"cudaflags = -Xcompiler={','.join([*hardened, *strict])} -Werror=all-warnings -Xptxas=-v "
         f"{' '.join(gencode(architecture_list()))}",
         "rule cxx",
         "  command = $cxx $common $cxxflags $more -MMD -MF $out.d -c $in -o $out",
@@ -278,7 +284,9 @@ def _ninja(module: Path, nvcc: str | None) -> str:
             lines.append(f"build {name}: cxx {source}{generated}")
             if isa:
                 lines.append(f"  more = {INSTRUCTIONS[isa]}")
-    python = sysconfig.get_path("include")
+    # libtorch.so is kept although it has no symbol of use: in a CUDA build of torch it brings libtorch_cuda, where the
+    # weak symbols are found.
+    options = ("-soname,libresnet_fused.so", "--no-as-needed", "--exclude-libs,ALL", "-z,defs")
     lines += [
         f"build resources.h: resources {' '.join(logs)} | {ROOT / 'build_ext.py'}",
         f"build module.o: cxx {CSRC / 'module.cpp'} | resources.h build_info.h",
@@ -286,19 +294,18 @@ def _ninja(module: Path, nvcc: str | None) -> str:
         f"  more = -UTORCH_TARGET_VERSION -isystem {python}",
         f"build {library}: link {' '.join(objects)}",
         f"  linker = {'$nvcc -cudart=static' if nvcc else '$cxx'}",
-        f"  flags = {_linker_options(nvcc is not None)} -L{torch}/lib -ltorch -ltorch_cpu -lc10",
+        f"  flags = {_linker_options(*options, by_nvcc=nvcc is not None)} -L{torch}/lib -ltorch -ltorch_cpu -lc10",
         f"build {module}: link module.o | {library}",
         "  linker = $cxx",
-        f"  flags = -Wl,--no-as-needed -L{module.parent} -lresnet_fused -Wl,-rpath,'$$ORIGIN'",
+        f"  flags = {_linker_options('--no-as-needed')} -L{module.parent} -lresnet_fused -Wl,-rpath,'$$ORIGIN'",
         "",
     ]
     return "\n".join(lines)
 
 
-def _linker_options(by_nvcc: bool) -> str:
-    # libtorch.so is kept although it has no symbol of use: in a CUDA build of torch it brings libtorch_cuda, where the
-    # weak symbols are found.
-    options = ("-soname,libresnet_fused.so", "--no-as-needed", "--exclude-libs,ALL", "-z,defs")
+def _linker_options(*options: str, by_nvcc: bool = False) -> str:
+    """These, and full RELRO: every symbol is found as the library loads, and its tables are read-only from then on."""
+    options = (*options, "-z,relro", "-z,now")
     return " ".join(f"-Xlinker={option}" if by_nvcc else f"-Wl,{option}" for option in options)
 
 

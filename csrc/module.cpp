@@ -49,7 +49,7 @@ py::list kernel_resources() {
 // Template arguments as they stand in a symbol, and the launch.
 py::list conv_bn_act_kernels() {
   py::list rows;
-#define RF_CONV_ROW(name, element, math, bm, bn, row_bytes, grid_m, grid_n, stages, copy)                            \
+#define RF_CONV_ROW(name, element, math, bm, bn, row_bytes, grid_m, grid_n, stages, copy, blocks)                    \
   {                                                                                                                  \
     const auto& kernel = rf::conv::info(rf::conv::Kernel::k_##name);                                                 \
     py::dict row;                                                                                                    \
@@ -57,7 +57,8 @@ py::list conv_bn_act_kernels() {
     row["element"] = #element;                                                                                       \
     row["math"] = #math;                                                                                             \
     row["copy"] = copy;                                                                                              \
-    row["template"] = std::array<int, 7>{bm, bn, row_bytes, grid_m, grid_n, stages, copy};                           \
+    row["blocks"] = blocks;                                                                                          \
+    row["template"] = std::array<int, 8>{bm, bn, row_bytes, grid_m, grid_n, stages, copy, blocks};                   \
     row["threads"] = kernel.threads;                                                                                 \
     row["shared"] = kernel.shared_bytes;                                                                             \
     rows.append(row);                                                                                                \

@@ -113,6 +113,7 @@ for cin, mid, stride, project in ((256, 64, 1, 0), (64, 64, 1, 1), (256, 64, 1, 
 @pytest.mark.minimum
 def test_it_compiles_for_every_architecture_without_spills() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE], env=environment, capture_output=True,
                             text=True, cwd=ROOT)  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]

@@ -172,6 +172,155 @@ def test_weights_are_packed_anew_after_a_write(way: Way) -> None:
     assert not torch.equal(before, run(call, way))
 
 
+def _values(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Input whose values are far from being of one size, or of usual size."""
+    n, c, h, w = shape
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    def chance(part: float, *size: int) -> Tensor:
+        return torch.rand(*size, generator=generator) < part
+
+    def student(freedom: int) -> Tensor:
+        return normal(*shape) / (sum(normal(*shape) ** 2 for _ in range(freedom)) / freedom).sqrt()
+
+    def only(where: tuple[object, ...]) -> Tensor:
+        x = torch.zeros(shape)
+        x[where] = normal(*x[where].shape)
+        return x
+
+    match kind:
+        case "normal":
+            return normal(*shape)
+        case "post-ReLU":
+            return normal(*shape).relu()
+        case "Student's t, 2":
+            return student(2)
+        case "Cauchy":
+            return student(1)
+        case "one pixel":
+            return only((-1, slice(None), h // 2, w // 2))
+        case "corner pixel":
+            return only((0, slice(None), 0, 0))
+        case "one channel":
+            return only((slice(None), c // 2))
+        case "two channels of one size":
+            x = torch.zeros(shape)
+            x[:, :2] = 1 + torch.rand(n, 2, h, w, generator=generator)
+            return x * torch.where(chance(0.5, *shape), 1, -1)
+        case "alternating signs":
+            return 1.37 * torch.where((torch.arange(h).view(h, 1) + torch.arange(w)) % 2 == 0, 1, -1).expand(shape)
+        case "alternating channels":
+            return 1.37 * torch.where(torch.arange(c).view(c, 1, 1) % 2 == 0, 1, -1).expand(shape)
+        case "denormal":
+            return normal(*shape) * 1e-39
+        case "tiny":
+            return normal(*shape) * 1e-30
+        case "large":
+            return normal(*shape) * 1e18
+        case "large pixels":
+            return normal(*shape) * torch.where(chance(0.1, n, 1, h, w), 1e4, 1)
+        case "large channels":
+            return normal(*shape) * torch.where(chance(0.02, 1, c, 1, 1), 1e3, 1)
+        case "four fifths zero":
+            return normal(*shape) * chance(0.2, *shape)
+        case "mostly zero":
+            return normal(*shape).relu() * chance(0.1, *shape)
+        case "zero pixels":
+            return normal(*shape).relu() * chance(0.1, n, 1, h, w)
+        case "log-normal":
+            return (1.5 * normal(*shape)).exp()
+        case "far from zero":
+            return 100 + normal(*shape)
+    raise ValueError(kind)
+
+
+BALANCED = ("normal", "post-ReLU", "alternating signs", "alternating channels", "four fifths zero", "far from zero")
+UNBALANCED = ("Student's t, 2", "Cauchy", "one pixel", "corner pixel", "one channel", "two channels of one size",
+              "denormal", "large pixels", "zero pixels", "log-normal")  # fmt: skip
+VALUES = (*BALANCED, *UNBALANCED, "tiny", "large", "large channels", "mostly zero")
+# Where Winograd may be chosen in every dtype.
+WIDE = (
+    ConvCase(1, 256, 14, 14, 256, kernel=3, padding=1),
+    ConvCase(1, 128, 10, 10, 256, kernel=3, padding=1, residual=True),
+    ConvCase(2, 64, 17, 16, 96, kernel=3, padding=1, affine=False),
+    ConvCase(1, 512, 7, 7, 512, kernel=3, padding=1, act="none"),
+)
+
+
+def with_values(case: ConvCase, kind: str, dtype: torch.dtype, seed: int, scale: float = 1) -> ConvBNActCall:
+    generator = torch.Generator().manual_seed(seed)
+    x = scale * _values(kind, (case.n, case.c, case.h, case.w), generator)
+    return case.make(dtype, seed=seed)._replace(x=x.to(dtype).contiguous(memory_format=torch.channels_last))
+
+
+@every_way
+@pytest.mark.parametrize("kind", VALUES)
+def test_values_of_any_distribution_stay_within_the_budget(kind: str, way: Way) -> None:
+    for seed, case in enumerate(WIDE):
+        for scale in (1, 50):  # 50: batch norm's offset does not hide the sum's error
+            call = with_values(case, kind, way[1], seed, scale)
+            assert_right(call, run(call, way))
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way[0] is WINOGRAD], ids=lambda way: way[2])
+def test_winograd_leaves_unbalanced_input_to_the_direct_sum(way: Way) -> None:
+    case = ConvCase(2, 64, 15, 14, 96, kernel=3, padding=1)
+    out = torch.empty(2, 96, 15, 14, dtype=way[1]).to(memory_format=torch.channels_last)
+    op = torch.ops.resnet_fused_cpu.conv_bn_act
+    for kind in (*BALANCED, *UNBALANCED):
+        call = with_values(case, kind, way[1], 1)
+        convolution = Convolution(call.conv, WINOGRAD)
+        answer = op(call.x, convolution.packed, convolution.geometry, None, True, out, way[2])
+        assert answer == (kind in BALANCED), kind
+    # A pixel that outweighs its neighbours matters where they are among the largest.
+    call = with_values(case, "normal", way[1], 1)
+    call.x[1, :, 8:, 8:] *= 0.01
+    call.x[1, :, 11, 11] *= 20
+    assert op(call.x, convolution.packed, convolution.geometry, None, True, out, way[2])
+    call.x[1, :, 11, 11] *= 100
+    assert not op(call.x, convolution.packed, convolution.geometry, None, True, out, way[2])
+
+
+@every_way
+def test_sizes_of_zero(way: Way) -> None:
+    """No output channels, no input channels (the sums are zero), no images, no pixels: each as eager has it."""
+    method, dtype, isa = way
+    for n, c, h, k in ((2, 32, 5, 0), (2, 0, 5, 32), (0, 32, 5, 32), (2, 32, 0, 32), (1, 0, 5, 0)):
+        out = torch.full((n, k, h + 2, h + 2), float("nan"), dtype=dtype).to(memory_format=torch.channels_last)
+        x = torch.ones(n, c, h, h, dtype=dtype).to(memory_format=torch.channels_last)
+        scale, bias = torch.ones(k), torch.arange(k, dtype=torch.float32) - 3
+        elements = (16 if method is WINOGRAD else 9) * c * k
+        packed = [torch.ones(elements, dtype=dtype), scale, bias]
+        geometry = [int(method), 3, 3, 1, 1, 2, 2, 1, 1]
+        op = torch.ops.resnet_fused_cpu.conv_bn_act
+        if not op(x, packed, geometry, None, False, out, isa):
+            geometry[0] = int(DIRECT)
+            assert op(x, [packed[0][: 9 * c * k], scale, bias], geometry, None, False, out, isa)
+        if c == 0 or h == 0:
+            assert torch.equal(out, bias.to(dtype).view(1, k, 1, 1).expand_as(out))
+
+
+@every_way
+def test_tensors_at_any_address(way: Way) -> None:
+    """What begins at an odd place in memory gives what it gives elsewhere."""
+    call = ConvCase(2, 64, 9, 8, 32, kernel=3, padding=1, residual=True).make(way[1])
+    assert call.residual is not None
+    want = run(call, way)
+
+    def shifted(tensor: Tensor, bytes_: int) -> Tensor:
+        memory = torch.zeros(tensor.numel() * tensor.element_size() + bytes_, dtype=torch.uint8)
+        moved = torch.frombuffer(memory.numpy(), dtype=tensor.dtype, offset=bytes_).as_strided(
+            tensor.shape, tensor.stride()
+        )
+        return moved.copy_(tensor)
+
+    for bytes_ in (1, 2, 4, 6):
+        moved = call._replace(x=shifted(call.x, bytes_), residual=shifted(call.residual, bytes_))
+        assert torch.equal(run(moved, way, shifted(want, bytes_)), want)
+
+
 def method_for(case: ConvCase, dtype: torch.dtype = FLOAT) -> Method:
     call = case.make(dtype)
     return cpu_convolution.method_for(call.conv, dtype, call.x.shape)
@@ -185,6 +334,7 @@ def test_winograd_is_chosen_where_it_is_right_and_pays() -> None:
     assert method_for(BOTH[1], HALF) is DIRECT  # rounding errors that do not average out
     assert method_for(ConvCase(8, 64, 8, 8, 64, kernel=3, padding=1), HALF) is DIRECT
     assert method_for(ConvCase(1, 24, 9, 9, 32, kernel=3, padding=1)) is DIRECT
+    assert method_for(ConvCase(9, 32, 1, 9, 32, kernel=3, padding=1)) is DIRECT  # in a tile one pixel outweighs the rest
     assert {method_for(case) for case in DIRECT_ALONE} == {DIRECT}
 
 

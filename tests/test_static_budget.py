@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import pytest
 
+from resnet_fused import extension
 from resnet_fused.testing import static_budget
 from resnet_fused.testing.static_budget import ARCHITECTURES, Architecture, Resources
 
@@ -46,6 +48,48 @@ BOTTLENECKS = {
     "mid128_c256_stride2": (0, 1, 1, 0),
     "mid128_c256_stride2_small": (1, 1, 1, 0),
 }
+
+
+# The same of the convolutions' tiles: the largest that the registers allow, unless shared memory holds fewer.
+CONVOLUTIONS = {
+    "bf16_128x128": (2, 2, 2, 1),
+    "bf16_128x64": (3, 3, 3, 2),
+    "bf16_64x128": (3, 3, 3, 2),
+    "bf16_64x64": (3, 4, 4, 2),
+    "bf16_64x32": (4, 5, 5, 2),
+    "bf16_64x32_c4": (6, 6, 6, 4),
+    "bf16_128x64_c1": (3, 3, 3, 2),
+    "bf16_64x32_c1": (6, 6, 6, 5),
+    "tf32_128x128": (2, 2, 2, 1),
+    "tf32_128x64": (3, 3, 3, 2),
+    "tf32_64x64": (3, 4, 4, 2),
+    "tf32_64x32": (6, 6, 6, 4),
+    "tf32_128x64_c1": (3, 3, 3, 2),
+    "tf32_64x32_c1": (6, 6, 6, 5),
+    "ieee_128x128": (1, 1, 1, 1),
+    "ieee_64x64": (3, 3, 3, 3),
+    "ieee_64x32": (4, 4, 4, 4),
+    "ieee_128x64_c1": (2, 2, 2, 2),
+    "ieee_64x32_c1": (4, 4, 4, 4),
+}
+CONVOLUTIONS |= {name.replace("bf16", "fp16"): blocks for name, blocks in CONVOLUTIONS.items() if "bf16" in name}
+
+
+def test_convolutions_hold_what_they_are_planned_for(rows: list[Resources]) -> None:
+    found: dict[str, list[int]] = {}
+    for row in sorted(rows, key=lambda row: row.architecture.number):
+        found.setdefault(row.kernel, []).append(row.blocks)
+    assert {name: tuple(found[name]) for name in CONVOLUTIONS} == CONVOLUTIONS
+
+
+def test_the_list_of_convolutions_states_what_the_registers_hold(rows: list[Resources]) -> None:
+    """Neither less than the compiler found room for, nor more; shared memory comes on top of it."""
+    stated = {row["name"]: row["blocks"] for row in extension.module().conv_bn_act_kernels()}
+    assert set(stated) == set(CONVOLUTIONS)
+    for row in rows:
+        if row.kernel in stated:
+            by_registers = dataclasses.replace(row, shared=0).blocks
+            assert by_registers == stated[row.kernel], row
 
 
 @pytest.mark.minimum

@@ -287,7 +287,7 @@ def test_offsets_pass_two_to_the_31(kernel: int, monkeypatch: pytest.MonkeyPatch
 
 def test_large_outputs_take_wide_offsets() -> None:
     x = torch.empty(1, device="meta").expand(1, 1, 1, 8)
-    operands = triton.Operands(x, x, None, ())
+    operands = triton.Operands(x, x, None, x, x)
     out = torch.empty(1, device="meta").expand(2**27, 8)
     assert not triton._wide(operands, out, 1)
     assert triton._wide(operands, out, 2)

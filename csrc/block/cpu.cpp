@@ -7,14 +7,14 @@ namespace rf::cpu {
 namespace {
 
 // A residual block, `images` images at a time, whose intermediates the heap gives to the next ones again. The last
-// convolution is the projection where there is one: it is written to out, and read from there as the residual.
+// convolution is the projection where there is one: it is written to out, and read from there as the residual. False,
+// with out unfinished, as soon as one of the convolutions says it: see cpu.h.
 bool block(const Tensor& x, const std::vector<Convolution>& convs, bool projects, const OptionalTensor& identity,
            const Tensor& out, int64_t images) {
   const size_t depth = convs.size() - (projects ? 1 : 0);
   STD_TORCH_CHECK(depth > 0 && images > 0, "packed: need a convolution, images: need one");
   STD_TORCH_CHECK(!projects || !identity, "identity: got a tensor beside a projection");
   STD_TORCH_CHECK(x.dim() == 4 && out.dim() == 4 && (!identity || identity->dim() == 4), "x: need 4 dimensions");
-  bool finite = true;
   for (int64_t at = 0; at < x.size(0); at += images) {
     const int64_t count = std::min(images, x.size(0) - at);
     const bool whole = count == x.size(0);
@@ -23,18 +23,18 @@ bool block(const Tensor& x, const std::vector<Convolution>& convs, bool projects
     Tensor hidden = input;
     for (size_t i = 0; i + 1 < depth; ++i) {
       const Tensor next = empty_channels_last(convs[i].output_sizes({hidden.size(0), hidden.size(1), hidden.size(2), hidden.size(3)}), x);
-      finite &= convolve(convs[i], hidden, std::nullopt, true, next, "");
+      if (!convolve(convs[i], hidden, std::nullopt, true, next, "")) return false;
       hidden = next;
     }
     OptionalTensor residual = result;
     if (projects) {
-      finite &= convolve(convs[depth], input, std::nullopt, false, result, "");
+      if (!convolve(convs[depth], input, std::nullopt, false, result, "")) return false;
     } else {
       residual = identity ? part(*identity) : input;
     }
-    finite &= convolve(convs[depth - 1], hidden, residual, true, result, "");
+    if (!convolve(convs[depth - 1], hidden, residual, true, result, "")) return false;
   }
-  return finite;
+  return true;
 }
 
 void boxed_block(StableIValue* stack, uint64_t, uint64_t) {

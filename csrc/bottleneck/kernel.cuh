@@ -77,7 +77,7 @@ class Block {
                             static_cast<unsigned>(w) < static_cast<unsigned>(args_.w);
         Eight result{};  // the 3x3 convolution pads with zeros
         if (inside) result = rectified(sums, affine, i, group, half);
-        store_shared(hidden(channel(group), pixel, halo_key(down, right)), result);
+        store_shared(hidden(channel(group), pixel, halo_key(halo_index(down, right), right)), result);
       });
     }
   }
@@ -105,9 +105,10 @@ class Block {
         } else {
           next_weights();
         }
-        const int down = tap / 3, right = tap % 3;
-        const SharedAddress shift = slice * Tile::kHiddenSlice + chunk_at(down * Tile::kHaloW + right, lane() / 16,
-                                                                          (lane() + halo_key(down, right)) & 7);
+        const int down = tap / 3, right = tap - down * 3;
+        const int key = halo_key(lane() + halo_index(down, right), right);
+        const SharedAddress shift =
+            slice * Tile::kHiddenSlice + chunk_at(down * Tile::kHaloW + right, lane() / 16, key);
         SharedAddress a[Tile::kTilesM];
         RF_UNROLL
         for (int i = 0; i < Tile::kTilesM; ++i) a[i] = corner[i] + shift;
@@ -117,7 +118,7 @@ class Block {
     barrier();  // everybody has read the first hidden tensor
     each_eight<Tile::kTilesM>(shared_ + Tile::kTable2, 0, [&](int i, int half, int group, const Affine& affine) {
       const int pixel = row(i) + lane() / 4 + half * 8;
-      store_shared(hidden(channel(group), pixel, pixel & 7), rectified(sums, affine, i, group, half));
+      store_shared(hidden(channel(group), pixel, turned(pixel)), rectified(sums, affine, i, group, half));
     });
     if constexpr (Tile::RESIDENT) {
       if constexpr (Tile::PROJECT) async_wait<0>();  // x under the output pixels
@@ -132,7 +133,7 @@ class Block {
     for (int i = 0; i < Tile::kTilesM; ++i) {
       const int own = row(i) + lane() % 16;
       const int pixel = own < Tile::kPixels ? own : Tile::kPixels - 1;
-      hidden_row[i] = shared_ + Tile::kHidden + chunk_at(own, lane() / 16, lane() & 7);
+      hidden_row[i] = shared_ + Tile::kHidden + chunk_at(own, lane() / 16, turned(lane()));
       centre_row[i] = shared_ + Tile::kCentre + chunk_at(pixel, lane() / 16, lane() & 7);
     }
     RF_ROLLED
@@ -285,9 +286,14 @@ class Block {
   RF_DEVICE static int row(int tile) { return (warp_m() * Tile::kTilesM + tile) * 16; }
   RF_DEVICE static int halo_row(int tile) { return (warp_m() * Tile::kHaloTiles + tile) * 16; }
   RF_DEVICE static int channel(int group) { return warp_n() * kSpan + group * 32 + lane() % 4 * 8; }
-  // Under one tap neighbouring output pixels have neighbouring keys, at the end of a row of the tile as well.
-  RF_DEVICE static int halo_key(int h, int w) {
-    return (h / Tile::STRIDE * Tile::TILE_W + w / Tile::STRIDE) & 7;
+  // Of the hidden tensors eight pixels are read at once, under eight keys, but two are stored at once, each with four
+  // neighbouring chunks: keys that differ in the third bit put these in different banks.
+  RF_DEVICE static int turned(int pixel) { return (pixel >> 1 & 3) | (pixel & 1) << 2; }
+  // Under one tap neighbouring output pixels have neighbouring indices, at the end of a row of the tile as well.
+  RF_DEVICE static int halo_index(int h, int w) { return h / Tile::STRIDE * Tile::TILE_W + w / Tile::STRIDE; }
+  // With stride 2 two neighbours in a row have one index, and are told apart by their column.
+  RF_DEVICE static int halo_key(int index, int w) {
+    return Tile::STRIDE == 1 ? turned(index) : (index & 7) ^ (w & 1) << 2;
   }
 
   RF_DEVICE SharedAddress hidden(int channel, int pixel, int key) const {

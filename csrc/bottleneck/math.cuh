@@ -39,6 +39,10 @@ RF_DEVICE void multiply(Sums<TILES_M, TILES_N>& sums, const SharedAddress (&a)[T
   }
 }
 
+// Where the batch norm of a channel lies in its table. A quarter of a warp reads four times eight channels, 16 bytes at a
+// time: the second sixteen have their 16-byte pairs swapped, so that they find other banks than the first.
+RF_DEVICE int table_at(int channel) { return channel * 8 ^ (channel >> 4 & 1) << 4; }
+
 // Writes batch norm as (scale, shift) for each channel.
 template <class T>
 RF_DEVICE void fill_table(SharedAddress table, const Conv& conv, int channels) {
@@ -48,7 +52,7 @@ RF_DEVICE void fill_table(SharedAddress table, const Conv& conv, int channels) {
     const float bias = conv.bias ? channel_value<T>(conv.bias, conv.wide & kWideBias, k) : 0.0f;
     const float mean = channel_value<T>(conv.mean, conv.wide & kWideMean, k);
     const float scale = reciprocal_sqrt(channel_value<T>(conv.var, conv.wide & kWideVar, k) + conv.eps) * gamma;
-    store_shared(table + k * 8, Vector<float, 2>{{scale, fused_multiply_add(bias - mean, scale, beta)}});
+    store_shared(table + table_at(k), Vector<float, 2>{{scale, fused_multiply_add(bias - mean, scale, beta)}});
   }
 }
 
@@ -57,8 +61,12 @@ struct Affine {
   Vector<float, 4> pairs[4];  // scale, shift, scale, shift
 
   RF_DEVICE explicit Affine(SharedAddress table, int channel) {
+    const SharedAddress from = table + channel * 8;
+    const int swapped = (thread_x() >> 1 & 1) << 4;  // table_at: a lane's channels begin at 8·(lane%4) of 32
     RF_UNROLL
-    for (int i = 0; i < 4; ++i) pairs[i] = load_shared<Vector<float, 4>>(table + channel * 8 + i * 16);
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = load_shared<Vector<float, 4>>((i % 2 == 0 ? from + swapped : from - swapped) + i * 16);
+    }
   }
   RF_DEVICE float apply(float sum, int i) const {
     return fused_multiply_add(sum, pairs[i / 2].at[i % 2 * 2], pairs[i / 2].at[i % 2 * 2 + 1]);

@@ -130,7 +130,7 @@ bool convolve(const Convolution& conv, const Tensor& x, const OptionalTensor& re
   STD_TORCH_CHECK(instructions(bf16, isa) != Instructions::kNone,
                   "isa: this CPU lacks ", !isa.empty() ? isa : bf16 ? "AVX512_BF16" : "AVX2");
   if (conv.method == Method::kWinograd) {
-    return winograd::convolve(winograd_problem(conv, x, residual, relu, out), bf16, winograd::kernel(bf16, isa));
+    return winograd::convolve(winograd_problem(conv, x, residual, relu, out), bf16, *winograd::kernel(bf16, isa));
   }
   direct::convolve(direct_problem(conv, x, residual, relu, out), bf16, direct::kernel(bf16, isa));
   return true;

@@ -21,8 +21,9 @@ struct Convolution {
 std::vector<Convolution> read(const std::vector<Tensor>& packed, const std::vector<int64_t>& geometry);
 
 // out = act(conv(x)·scale + bias + residual), all of them dense in channels_last; residual may be out itself. Raises what
-// does not fit, naming the argument. isa: the instructions to use, or "" for the widest. False: an output is not finite
-// and the method's transforms may be why, so that the direct sum has to be asked.
+// does not fit, naming the argument. isa: the instructions to use, or "" for the widest. False: the direct sum
+// has to be asked, since the method's transforms would round too much of this input, or may be why an output is not
+// finite.
 bool convolve(const Convolution& conv, const Tensor& x, const OptionalTensor& residual, bool relu, const Tensor& out,
               const std::string& isa);
 

@@ -28,7 +28,7 @@ Run* kernel(bool bf16, const std::string& isa) {
 
 void convolve(const Problem& problem, bool bf16, Run* run) {
   const int64_t pixels = problem.pixels(), panels = problem.out_channels / kPanel;
-  if (pixels == 0) return;
+  if (pixels == 0 || panels == 0) return;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t element = bf16 ? 2 : 4;
   const int64_t filters = problem.depth() * problem.out_channels * element;

@@ -46,15 +46,14 @@ inline void copy(Element* to, const Element* from, Index count, const Element* e
   constexpr Index kStep = kLanes * kElements;
   const Index whole = end - from < (count + kStep - 1) / kStep * kStep ? count / kStep * kStep : count;
   Index i = 0;
-  for (; i < whole; i += kStep) {
-    store(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
-  }
+  for (; i < whole; i += kStep) std::memcpy(to + i, from + i, sizeof(Vector));
   if (i < count) std::memcpy(to + i, from + i, (count - i) * sizeof(Element));
 }
 
 // Elements [begin, begin + count) of each window, side by side. Where taps lie side by side in the image (no dilation
 // along it), a row of the filter is one run of elements; else each tap is one.
 void copy_windows(const Problem& p, const Window* windows, Index pixels, Index begin, Index count, Element* to) {
+  if (count == 0) return;
   const bool adjacent = p.dilate_width == 1;
   const Index across = adjacent ? 1 : p.kernel_width, length = (adjacent ? p.kernel_width : 1) * p.channels;
   const Element* const end = static_cast<const Element*>(p.x) + p.images * p.height * p.width * p.channels;
@@ -65,17 +64,17 @@ void copy_windows(const Problem& p, const Window* windows, Index pixels, Index b
     for (Index i = 0; i < pixels; ++i) {
       const Index r = windows[i].row + down, c = windows[i].column + right;
       Element* const row = to + i * kStride * kElements;
-      const Element* const from = windows[i].image + (r * p.width + c) * p.channels;
+      const auto from = [&](Index at) { return windows[i].image + (r * p.width + c) * p.channels + at; };
       if (r < 0 || r >= p.height) {
         std::memset(row, 0, (last - first) * sizeof(Element));
       } else if (c >= 0 && c * p.channels + last <= p.width * p.channels) {
-        copy(row, from + first, last - first, end);
+        copy(row, from(first), last - first, end);
       } else {  // a part of the run lies inside
         Index low = c < 0 ? -c * p.channels : 0, high = c < p.width ? (p.width - c) * p.channels : 0;
         low = low < first ? first : low > last ? last : low;
         high = high < low ? low : high > last ? last : high;
         std::memset(row, 0, (low - first) * sizeof(Element));
-        if (low < high) std::memcpy(row + low - first, from + low, (high - low) * sizeof(Element));
+        if (low < high) std::memcpy(row + low - first, from(low), (high - low) * sizeof(Element));
         std::memset(row + high - first, 0, (last - high) * sizeof(Element));
       }
     }
@@ -178,12 +177,14 @@ void run(const Problem& p, Index first_pixel, Index pixels, Index first_panel, I
   float* const left = buffer;
   float* const sums = buffer + pixels * kStride;
   const Index depth = p.depth(), units = (depth + kElements - 1) / kElements;
-  const Index parts = (units + kUnits - 1) / kUnits, step = (units + parts - 1) / parts;
+  // Without input channels there is one part of no units: the sums are zero.
+  const Index parts = units > 0 ? (units + kUnits - 1) / kUnits : 1, step = (units + parts - 1) / parts;
   const Index tiles = (pixels + kRows - 1) / kRows;
   Window windows[kMostPixels];
   find_windows(p, first_pixel, pixels, windows);
-  for (Index at = 0; at < units; at += step) {
-    const Part part{units - at < step ? units - at : step, at == 0, at + step >= units};
+  for (Index number = 0; number < parts; ++number) {
+    const Index at = number * step;
+    const Part part{units - at < step ? units - at : step, number == 0, number == parts - 1};
     const Index begin = at * kElements, count = part.last ? depth - begin : part.units * kElements;
     copy_windows(p, windows, pixels, begin, count, reinterpret_cast<Element*>(left));
     if (count < part.units * kElements) {

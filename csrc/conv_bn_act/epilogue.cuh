@@ -9,7 +9,7 @@ namespace rf::conv {
 // The batch norm of V neighbouring channels, read once and applied to every row a thread stores.
 template <class T, int V>
 struct ChannelAffine {
-  float shift[V], scale[V], beta[V];
+  float scale[V], shift[V];
 
   RF_DEVICE void load(const Args& args, int first, int count) {
     RF_UNROLL
@@ -18,9 +18,10 @@ struct ChannelAffine {
       const int k = first + i;
       const float bias = args.bias ? channel_value<T>(args.bias, args.wide & kWideBias, k) : 0.0f;
       const float gamma = args.gamma ? channel_value<T>(args.gamma, args.wide & kWideGamma, k) : 1.0f;
-      shift[i] = bias - channel_value<T>(args.mean, args.wide & kWideMean, k);
+      const float beta = args.beta ? channel_value<T>(args.beta, args.wide & kWideBeta, k) : 0.0f;
+      const float mean = channel_value<T>(args.mean, args.wide & kWideMean, k);
       scale[i] = reciprocal_sqrt(channel_value<T>(args.var, args.wide & kWideVar, k) + args.eps) * gamma;
-      beta[i] = args.beta ? channel_value<T>(args.beta, args.wide & kWideBeta, k) : 0.0f;
+      shift[i] = fused_multiply_add(bias - mean, scale[i], beta);
     }
   }
 };
@@ -38,7 +39,7 @@ RF_DEVICE void finish(const Args& args, const ChannelAffine<T, V>& affine, const
   RF_UNROLL
   for (int i = 0; i < V; ++i) {
     if (i >= count) break;
-    float y = fused_multiply_add(sum[i] + affine.shift[i], affine.scale[i], affine.beta[i]);
+    float y = fused_multiply_add(sum[i], affine.scale[i], affine.shift[i]);
     if (residual) y += to_float(args.vector_out ? addend.at[i] : residual[i]);
     if (args.relu) y = y < 0.0f ? 0.0f : y;
     result.at[i] = from_float<T>(y);

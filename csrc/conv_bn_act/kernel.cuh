@@ -11,20 +11,20 @@ namespace rf::conv {
 
 // One row of the list in instances.h as a type.
 template <class T_, template <class, int, int, int, int, int> class Math_, int BM_, int BN_, int ROW_BYTES_, int GRID_M,
-          int GRID_N, int STAGES_, int COPY>
+          int GRID_N, int STAGES_, int COPY, int BLOCKS_>
 struct Tile {
   using T = T_;
   using Math = Math_<T, BM_, BN_, ROW_BYTES_, GRID_M, GRID_N>;
   static constexpr int BM = BM_, BN = BN_, STAGES = STAGES_, ROW_BYTES = ROW_BYTES_;
-  static constexpr int THREADS = Math::kThreads;
+  static constexpr int THREADS = Math::kThreads, BLOCKS = BLOCKS_;
   using Loader = conv::Loader<T, BM, BN, ROW_BYTES, THREADS, COPY>;
   static constexpr int PIPELINE_BYTES = STAGES * Loader::kStageBytes;
-  static constexpr int SLICE_BYTES = Math::kSliceRows * slice_pitch<BN> * 4;
+  static constexpr int SLICE_BYTES = Math::kSliceRows * Math::kSlicePitch * 4;
   static constexpr int SHARED_BYTES = PIPELINE_BYTES > SLICE_BYTES ? PIPELINE_BYTES : SLICE_BYTES;
 };
 
 template <class Tile>
-RF_KERNEL(Tile::THREADS, 1)
+RF_KERNEL(Tile::THREADS, Tile::BLOCKS)
 conv_kernel(RF_CONSTANT Args args) {
   using T = typename Tile::T;
   using Math = typename Tile::Math;
@@ -84,7 +84,8 @@ conv_kernel(RF_CONSTANT Args args) {
       float sum[V];
       RF_UNROLL
       for (int i = 0; i < V; i += 4) {
-        const auto part = load_shared<Vector<float, 4>>(shared + (row * slice_pitch<BN> + column + i) * 4);
+        const int at = slice_offset<Math::kSlicePitch>(row, column + i);
+        const auto part = load_shared<Vector<float, 4>>(shared + at);
         RF_UNROLL
         for (int j = 0; j < 4; ++j) sum[i + j] = part.at[j];
       }

@@ -6,9 +6,9 @@
 
 namespace rf::conv {
 
-#define RF_CONV_TILE(name, element, math, bm, bn, row_bytes, grid_m, grid_n, stages, copy)  \
-  using tile_##name = Tile<element, math, bm, bn, row_bytes, grid_m, grid_n, stages, copy>; \
-  static_assert(tile_##name::SHARED_BYTES == info(Kernel::k_##name).shared_bytes &&         \
+#define RF_CONV_TILE(name, element, math, bm, bn, row_bytes, grid_m, grid_n, stages, copy, blocks)  \
+  using tile_##name = Tile<element, math, bm, bn, row_bytes, grid_m, grid_n, stages, copy, blocks>; \
+  static_assert(tile_##name::SHARED_BYTES == info(Kernel::k_##name).shared_bytes &&                 \
                 tile_##name::THREADS == info(Kernel::k_##name).threads);
 RF_CONV_KERNELS(RF_CONV_TILE)
 #undef RF_CONV_TILE

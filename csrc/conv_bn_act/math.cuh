@@ -9,9 +9,13 @@
 
 namespace rf::conv {
 
-// A padding of eight floats keeps the fragments' stores free of bank conflicts.
-template <int BN>
-constexpr int slice_pitch = BN + 8;
+// Where a float of a slice lies, in bytes. The pitch keeps the stores of sums free of bank conflicts. The loads, 16 bytes
+// to each of eight lanes at a time, lie 32 bytes apart for half types: every other 32 columns (with tiles of 32, every
+// other row) has its 16-byte chunks swapped in pairs, so that the second four lanes find other banks than the first.
+template <int PITCH>
+RF_DEVICE int slice_offset(int row, int column) {
+  return (row * PITCH + (column ^ ((row + (column >> 5)) & 1) * 4)) * 4;
+}
 
 // GRID_M × GRID_N warps, each with a BM/GRID_M × BN/GRID_N part of the tile, in m16n8 fragments.
 template <class T, int BM, int BN, int ROW_BYTES, int GRID_M, int GRID_N>
@@ -23,7 +27,7 @@ class TensorCore {
  public:
   static constexpr int kThreads = GRID_M * GRID_N * 32;
   static constexpr int kSlices = kTilesM;
-  static constexpr int kSliceRows = GRID_M * 16;
+  static constexpr int kSliceRows = GRID_M * 16, kSlicePitch = BN + 8;
 
   RF_DEVICE static int tile_row(int slice, int row) { return row / 16 * kWarpM + slice * 16 + row % 16; }
 
@@ -33,25 +37,21 @@ class TensorCore {
     const int row_b = BM + warp_n() * kWarpN + lane % 8 + lane / 16 * 8;
     RF_UNROLL
     for (int pair = 0; pair < ROW_BYTES / 32; ++pair) {
-      uint32_t a[kTilesM][4], b[kTilesN / 2][4];
-      RF_UNROLL
-      for (int i = 0; i < kTilesM; ++i) {
-        load_matrix<4>(a[i], stage + chunk_offset<ROW_BYTES>(row_a + i * 16, pair * 2 + lane / 16));
-      }
+      uint32_t b[kTilesN / 2][4];
       RF_UNROLL
       for (int j = 0; j < kTilesN / 2; ++j) {
         load_matrix<4>(b[j], stage + chunk_offset<ROW_BYTES>(row_b + j * 16, pair * 2 + lane / 8 % 2));
-      }
-      if constexpr (sizeof(T) == 4) {
-        round_all(a);
-        round_all(b);
+        if constexpr (sizeof(T) == 4) round_all(b[j]);
       }
       RF_UNROLL
       for (int i = 0; i < kTilesM; ++i) {
+        uint32_t a[4];
+        load_matrix<4>(a, stage + chunk_offset<ROW_BYTES>(row_a + i * 16, pair * 2 + lane / 16));
+        if constexpr (sizeof(T) == 4) round_all(a);
         RF_UNROLL
         for (int j = 0; j < kTilesN; ++j) {
           const uint32_t fragment_b[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-          mma<T>(sum_[i][j], a[i], fragment_b);
+          mma<T>(sum_[i][j], a, fragment_b);
         }
       }
     }
@@ -65,8 +65,8 @@ class TensorCore {
     for (int j = 0; j < kTilesN; ++j) {
       RF_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int at = (row + half * 8) * slice_pitch<BN> + column + j * 8;
-        store_shared(to + at * 4, Vector<float, 2>{{sum_[slice][j][half * 2], sum_[slice][j][half * 2 + 1]}});
+        const int at = slice_offset<kSlicePitch>(row + half * 8, column + j * 8);
+        store_shared(to + at, Vector<float, 2>{{sum_[slice][j][half * 2], sum_[slice][j][half * 2 + 1]}});
       }
     }
   }
@@ -75,13 +75,9 @@ class TensorCore {
   RF_DEVICE static int warp_m() { return thread_x() / 32 % GRID_M; }
   RF_DEVICE static int warp_n() { return thread_x() / 32 / GRID_M; }
 
-  template <int COUNT>
-  RF_DEVICE static void round_all(uint32_t (&fragments)[COUNT][4]) {
+  RF_DEVICE static void round_all(uint32_t (&fragment)[4]) {
     RF_UNROLL
-    for (int i = 0; i < COUNT; ++i) {
-      RF_UNROLL
-      for (int j = 0; j < 4; ++j) fragments[i][j] = tf32_bits(fragments[i][j]);
-    }
+    for (int j = 0; j < 4; ++j) fragment[j] = tf32_bits(fragment[j]);
   }
 
   float sum_[kTilesM][kTilesN][4] = {};
@@ -96,7 +92,7 @@ class Ieee {
  public:
   static constexpr int kThreads = GRID_M * GRID_N;
   static constexpr int kSlices = kRows;
-  static constexpr int kSliceRows = GRID_M;
+  static constexpr int kSliceRows = GRID_M, kSlicePitch = BN + GRID_N;
 
   RF_DEVICE static int tile_row(int slice, int row) { return slice * GRID_M + row; }
 
@@ -124,7 +120,7 @@ class Ieee {
   RF_DEVICE void store_slice(int slice, SharedAddress to) const {
     RF_UNROLL
     for (int j = 0; j < kColumns; ++j) {
-      store_shared(to + (thread_m() * slice_pitch<BN> + j * GRID_N + thread_n()) * 4, sum_[slice][j]);
+      store_shared(to + slice_offset<kSlicePitch>(thread_m(), j * GRID_N + thread_n()), sum_[slice][j]);
     }
   }
 

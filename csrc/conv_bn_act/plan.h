@@ -44,23 +44,26 @@ struct TensorCore {
   static constexpr Precision kPrecision = Precision::kTensorCore;
   static constexpr int threads(int m, int n) { return m * n * 32; }
   static constexpr int slice_rows(int m) { return m * 16; }
+  static constexpr int slice_pitch(int bn, int) { return bn + 8; }
 };
 struct Ieee {
   static constexpr Precision kPrecision = Precision::kIeee;
   static constexpr int threads(int m, int n) { return m * n; }
   static constexpr int slice_rows(int m) { return m; }
+  static constexpr int slice_pitch(int bn, int n) { return bn + n; }
 };
 
-#define RF_CONV_INFO(name, element, math, bm, bn, row_bytes, grid_m, grid_n, stages, copy) \
-  KernelInfo{#name,                                                                        \
-             ElementOf<element>::kElement,                                                 \
-             math::kPrecision,                                                             \
-             bm,                                                                           \
-             bn,                                                                           \
-             row_bytes / element_bytes(ElementOf<element>::kElement),                      \
-             math::threads(grid_m, grid_n),                                                \
-             copy,                                                                         \
-             std::max(stages * (bm + bn) * row_bytes, math::slice_rows(grid_m) * (bn + 8) * 4)},
+#define RF_CONV_INFO(name, element, math, bm, bn, row_bytes, grid_m, grid_n, stages, copy, blocks) \
+  KernelInfo{#name,                                                                                \
+             ElementOf<element>::kElement,                                                         \
+             math::kPrecision,                                                                     \
+             bm,                                                                                   \
+             bn,                                                                                   \
+             row_bytes / element_bytes(ElementOf<element>::kElement),                              \
+             math::threads(grid_m, grid_n),                                                        \
+             copy,                                                                                 \
+             std::max(stages * (bm + bn) * row_bytes,                                              \
+                      math::slice_rows(grid_m) * math::slice_pitch(bn, grid_n) * 4)},
 inline constexpr KernelInfo kKernels[] = {RF_CONV_KERNELS(RF_CONV_INFO)};
 #undef RF_CONV_INFO
 }  // namespace detail

@@ -15,13 +15,27 @@ namespace {
 
 using Index = int64_t;
 
-typedef float Vector __attribute__((vector_size(RF_LANES * 4), aligned(4), may_alias));
+typedef float Vector __attribute__((vector_size(RF_LANES * 4)));
 
 constexpr int kLanes = RF_LANES;
 
-inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
-inline void store(float* at, Vector value) { *reinterpret_cast<Vector*>(at) = value; }
+// Through memcpy, one instruction each: a tensor may begin at any byte.
+inline Vector load(const float* at) {
+  Vector value;
+  std::memcpy(&value, at, sizeof value);
+  return value;
+}
+inline void store(float* at, Vector value) { std::memcpy(at, &value, sizeof value); }
 inline Vector zero() { return Vector{}; }
+
+inline float total(Vector value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
 
 // Factors come in units of 32 bits: one float, or two bfloat16 whose products are both added to one sum.
 #if RF_BF16
@@ -33,9 +47,16 @@ inline void add_product(Vector& sum, const float* left, Vector right) {
   sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)right);
 }
 inline Vector load(const Element* at) {
-  typedef Element Halves __attribute__((vector_size(32), aligned(2), may_alias));
+  typedef Element Halves __attribute__((vector_size(32)));
   typedef uint32_t Words __attribute__((vector_size(64)));
-  return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(at), Words) << 16);
+  Halves halves;
+  std::memcpy(&halves, at, sizeof halves);
+  return (Vector)(__builtin_convertvector(halves, Words) << 16);
+}
+inline void add_squares(Vector& sum, const Element* at) {
+  __m512bh pairs;
+  std::memcpy(&pairs, at, sizeof pairs);
+  sum = (Vector)_mm512_dpbf16_ps((__m512)sum, pairs, pairs);
 }
 inline void store(Element* at, Vector value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh((__m512)value));
@@ -44,6 +65,10 @@ inline void store(Element* at, Vector value) {
 using Element = float;
 
 inline void add_product(Vector& sum, const float* left, Vector right) { sum += *left * right; }
+inline void add_squares(Vector& sum, const Element* at) {
+  const Vector value = load(at);
+  sum += value * value;
+}
 #endif
 
 constexpr Index kElements = sizeof(float) / sizeof(Element);  // of a unit

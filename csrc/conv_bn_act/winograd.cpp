@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "common/torch.h"
+#include "conv_bn_act/balance.h"
 #include "conv_bn_act/instructions.h"
 
 namespace rf::winograd {
@@ -17,18 +18,19 @@ constexpr int64_t kTiles = 28;
 
 }  // namespace
 
-Run* kernel(bool bf16, const std::string& isa) {
+const Kernel* kernel(bool bf16, const std::string& isa) {
 #ifdef __x86_64__
-  return cpu::version<Run>(cpu::instructions(bf16, isa), &avx512bf16::run, &avx512::run, &avx2::run);
+  return cpu::version<const Kernel>(cpu::instructions(bf16, isa), &avx512bf16::kernel, &avx512::kernel, &avx2::kernel);
 #else
   return nullptr;
 #endif
 }
 
-bool convolve(const Problem& problem, bool bf16, Run* run) {
+bool convolve(const Problem& problem, bool bf16, const Kernel& kernel) {
   const int64_t tiles = problem.images * divide_up(problem.out_height, 2) * divide_up(problem.out_width, 2);
   const int64_t panels = problem.out_channels / kPanel, threads = torch::stable::get_num_threads();
-  if (tiles == 0) return true;
+  if (tiles == 0 || panels == 0) return true;
+  if (!balanced(problem, bf16, kernel.energies)) return false;
   // As many blocks for every thread, of about one size; too few of them, and the output channels are shared out too.
   int64_t blocks = divide_up(tiles, kTiles);
   if (blocks >= threads) blocks = divide_up(blocks, threads) * threads;
@@ -47,7 +49,7 @@ bool convolve(const Problem& problem, bool bf16, Run* run) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item / shares * block, panel = item % shares * share;
       const int64_t count = std::min(share, panels - panel);
-      if (count > 0 && !run(problem, first, std::min(block, tiles - first), panel, count, buffer)) finite = false;
+      if (count > 0 && !kernel.run(problem, first, std::min(block, tiles - first), panel, count, buffer)) finite = false;
     }
   });
   return finite;

@@ -28,23 +28,32 @@ struct Problem {
 // direct sum may differ (where that is infinite, the transforms give NaN). buffer holds buffer_floats(tiles, units).
 using Run = bool(const Problem&, int64_t first_tile, int64_t tiles, int64_t first_panel, int64_t panels, float* buffer);
 
+// The sum of the squares of every one of these pixels of x, counted over all images.
+using Energies = void(const Problem&, int64_t first_pixel, int64_t pixels, float* energies);
+
+struct Kernel {
+  Run* run;
+  Energies* energies;
+};
+
 // units: of 32 bits, that the channels of a pixel take.
 inline int64_t buffer_floats(int64_t tiles, int64_t units) { return 16 * tiles * (units + kPanel); }
 
 namespace avx512 {
-Run run;
+extern const Kernel kernel;
 }
 namespace avx512bf16 {
-Run run;
+extern const Kernel kernel;
 }
 namespace avx2 {
-Run run;
+extern const Kernel kernel;
 }
 
 // The kernel for these instructions, "" for the widest that this CPU has; null where it has none.
-Run* kernel(bool bf16, const std::string& isa);
+const Kernel* kernel(bool bf16, const std::string& isa);
 
-// The whole problem, shared out among torch's threads; the answer is that of Run.
-bool convolve(const Problem& problem, bool bf16, Run* run);
+// The whole problem, shared out among torch's threads; the answer is that of Run. It is false at once
+// where the input is not balanced: see balance.h.
+bool convolve(const Problem& problem, bool bf16, const Kernel& kernel);
 
 }  // namespace rf::winograd

@@ -25,6 +25,8 @@ namespace {
 using namespace vectors::RF_ISA;
 
 constexpr int kPanelVectors = kPanel / kLanes;
+constexpr Index kStep = kLanes * kElements;  // elements that add_squares takes
+constexpr Index kLongSum = 128;
 
 // Bᵀ along one axis.
 inline void input_axis(const Vector& d0, const Vector& d1, const Vector& d2, const Vector& d3, Vector* t, int step) {
@@ -69,10 +71,10 @@ inline void transform_input(const Problem& p, const Tile& tile, Element* v, Inde
   }
 }
 
-// m[row, 0:COLUMNS·lanes] = Σ_c v[row, c] · u[c, …] for ROWS rows, whose channels are `units`; everything that is summed
-// stays in registers.
+// m[row, 0:COLUMNS·lanes] = Σ_c v[row, c] · u[c, …] for ROWS rows, of `units` a row; everything that is summed stays in
+// registers. `more`: it is added to what m holds.
 template <int ROWS, int COLUMNS>
-inline void multiply(const float* v, const float* u, Index units, Ahead ahead, float* m) {
+inline void multiply(const float* v, const float* u, Index stride, Index units, bool more, Ahead& ahead, float* m) {
   Vector sum[ROWS][COLUMNS];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
@@ -89,7 +91,14 @@ inline void multiply(const float* v, const float* u, Index units, Ahead ahead, f
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
-      for (int j = 0; j < COLUMNS; ++j) add_product(sum[r][j], v + r * units + c, right[j]);
+      for (int j = 0; j < COLUMNS; ++j) add_product(sum[r][j], v + r * stride + c, right[j]);
+    }
+  }
+  if (more) {
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < COLUMNS; ++j) sum[r][j] += load(m + r * kPanel + j * kLanes);
     }
   }
 #pragma GCC unroll 16
@@ -103,8 +112,14 @@ template <int ROWS>
 void multiply_rows(Index rows, const float* v, const float* u, Index units, const Ahead& ahead, float* m) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
+      // A long sum of floats is taken in two: it rounds less, where a direct sum of mostly zeros does too.
+      const Index first = kElements == 1 && units >= kLongSum ? units / 2 : units;
       for (int j = 0; j < kPanelVectors; j += kColumns) {
-        multiply<ROWS, kColumns>(v, u + j * kLanes, units, ahead, m + j * kLanes);
+        Ahead now = ahead;
+        multiply<ROWS, kColumns>(v, u + j * kLanes, units, first, false, now, m + j * kLanes);
+        if (first == units) continue;
+        multiply<ROWS, kColumns>(v + first, u + first * kPanel + j * kLanes, units, units - first, true, now,
+                                 m + j * kLanes);
       }
     } else {
       multiply_rows<ROWS - 1>(rows, v, u, units, ahead, m);
@@ -159,6 +174,8 @@ inline Vector transform_output(const Problem& p, const Tile& tile, const float* 
 
 }  // namespace
 
+namespace {
+
 // See winograd.h.
 bool run(const Problem& p, Index first_tile, Index tiles, Index first_panel, Index panels, float* buffer) {
   const Index units = p.channels / kElements, steps = (tiles + kRows - 1) / kRows;
@@ -188,5 +205,26 @@ bool run(const Problem& p, Index first_tile, Index tiles, Index first_panel, Ind
   for (int lane = 0; lane < kLanes; ++lane) finite &= seen[lane] == 0.0f;
   return finite;
 }
+
+void energies(const Problem& p, Index first_pixel, Index pixels, float* energy) {
+  const Element* x = static_cast<const Element*>(p.x) + first_pixel * p.channels;
+  for (Index i = 0; i < pixels; ++i, x += p.channels) {
+    Vector sum[2] = {zero(), zero()};
+    Index c = 0;
+    for (; c + 2 * kStep <= p.channels; c += 2 * kStep) {
+      add_squares(sum[0], x + c);
+      add_squares(sum[1], x + c + kStep);
+    }
+    for (; c < p.channels; c += kLanes) {
+      const Vector value = load(x + c);
+      sum[0] += value * value;
+    }
+    energy[i] = total(sum[0] + sum[1]);
+  }
+}
+
+}  // namespace
+
+const Kernel kernel{&run, &energies};
 
 }  // namespace rf::winograd::RF_ISA

@@ -158,7 +158,7 @@ def _fused_forward(block: FusedBlock, x: Tensor, found: Parts) -> Tensor | None:
     """The block by fused ops; None, with nothing done yet, where eager has its own way with this input."""
     pairs, shortcut, extras = found
     data = [parts.read(conv, norm) for conv, norm in pairs]
-    if None not in data:
+    if None not in data and (not isinstance(shortcut, Called) or shortcut.pure):  # else eager's own x is written to
         x = parts.feature_map(x, data, block._rf_state.channels_last)  # type: ignore[arg-type]
     given = extras is None and None not in data
     if given and (shortcut is None or (isinstance(shortcut, Projection) and not shortcut.before)):

@@ -3,7 +3,8 @@
 Two methods (csrc/conv_bn_act), in float32, or of bfloat16 with sums in float32: the sum as it is written; and for 3x3
 filters of stride 1 Winograd's F(2x2, 3x3), whose 16 multiplications stand for 36. In float32 its sums are shorter than
 direct ones, so the rounding error is of the same size; in bfloat16 its transformed factors are rounded once, which
-costs about what eager's rounding between convolution, batch norm and sum does.
+costs about what eager's rounding between convolution, batch norm and sum does. That holds for input of about one size
+throughout; for any other the kernel asks for the direct sum (csrc/conv_bn_act/balance.h).
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ def method_for(conv: ConvBN, dtype: torch.dtype, shape: tuple[int, ...]) -> Meth
     n, channels, height, width = output_shape(conv, shape)
     if dtype == torch.bfloat16 and (shape[1] < _ROUNDED_CHANNELS or channels * height * width < _ROUNDED_OUTPUTS):
         return Method.DIRECT
+    if min(shape[2:]) < 2:  # a tile sees no more than two pixels, and one of them outweighs the other
+        return Method.DIRECT
     tiles = n * -(-height // 2) * -(-width // 2)
     # The transformed filters are 16/9 as large: few tiles pay for that only where they come from a cache near by.
     large = 16 * conv.weight.numel() // 9 * dtype.itemsize > _MEBIBYTE
@@ -117,7 +120,7 @@ class Convolution:
         return out
 
     def exact(self) -> Convolution:
-        """The same by the sum as written: Winograd's transforms spread an infinite value, or NaN, over a tile."""
+        """The same by the sum as written, which rounds less for unbalanced input, and spreads no infinity or NaN."""
         return Convolution(self._conv(), Method.DIRECT, self._isa)
 
     def _conv(self) -> ConvBN:

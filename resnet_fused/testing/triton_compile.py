@@ -7,6 +7,7 @@ unset: the interpreter replaces the kernels by plain Python.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +26,11 @@ from resnet_fused.testing.triton_driver import Binary, launches
 ARCHITECTURES = (80, 90, 100)
 _CLASSES = ((torch.bfloat16, "tf32"), (torch.float16, "tf32"), (torch.float32, "tf32"), (torch.float32, "ieee"))
 # The hardest shapes of each kernel first.
-_SHAPES = {"descriptor": ("3x3s2", "3x3", "1x1s2", "1x1"), "pointer": ("flat", "taps", "rows")}
+_SHAPES = {
+    "descriptor": ("3x3s2", "3x3", "1x1s2", "1x1"),
+    "pointer": ("flat", "taps", "rows"),
+    "window": ("7x7-odd", "7x7", "5x5"),
+}
 _PROCESSORS = 132
 
 
@@ -33,7 +38,8 @@ class Variant(NamedTuple):
     """One call to compile: a config for a dtype, the shape of filter it walks, an architecture.
 
     shape is "rows", "taps" or "flat" for the pointer kernel (conv_pointer's MODE); for the descriptor kernel it is the
-    filter and its stride. A config with split_k launches a second kernel, which adds the sums.
+    filter and its stride; for the window kernel the filter of a stem, "-odd" where a row of x is of odd length, so that
+    its elements are read one by one. A config with split_k launches a second kernel, which adds the sums.
     """
 
     config: ConvConfig
@@ -67,12 +73,14 @@ class Variant(NamedTuple):
             c = 1 if self.ones else self.config.block_k * (4 if self.config.split_k <= 4 else 7) // 8
         elif self.shape == "taps" and self.ones:
             stride = 2
+        elif self.config.kernel == "window":
+            c, size, stride = 1 if self.ones else 3, int(self.shape[0]), 2
         elif self.shape != "rows":
             size = 1 if self.shape.startswith("1x1") else 3
             stride = 2 if self.shape.endswith("s2") else 1
         padding = size // 2
         n = 1 if self.ones else 2**30 // (c * image * image) + 1 if self.wide else 256
-        x = _channels_last(n, c, image * stride, image * stride, self.dtype)
+        x = _channels_last(n, c, image * stride, image * stride + self.shape.endswith("-odd"), self.dtype)
         gamma, beta, mean, var = torch.ones(4, k, dtype=self.dtype).unbind()
         weight = torch.zeros(k, c, size, size, dtype=self.dtype).to(memory_format=torch.channels_last)
         conv = ConvBN(weight, None, gamma, beta, mean, var, 1e-5, (stride, stride), (padding, padding))
@@ -112,6 +120,9 @@ class Compiled(NamedTuple):
             for kernel in self.kernels
             if kernel.shared > limit
         ]
+        found += ["batch norm's root in the epilogue" for kernel in self.kernels if "rsqrt" in kernel.ptx]
+        if v.shape in ("7x7", "5x5") and half and not v.ones and re.search(r"ld\.global\S*\.b16", self.kernels[0].ptx):
+            found.append("elements of x are read one by one")
         wanted = []
         if v.matrix and v.capability == 80:
             wanted.append("mma")
@@ -172,9 +183,11 @@ def variants(capabilities: Iterable[int] = ARCHITECTURES, thorough: bool = True)
                     if config.split_k == 1 or shape != "rows":
                         yield Variant(config, dtype, precision, shape, capability)
             if thorough or dtype == torch.bfloat16:
-                for shape in _SHAPES["pointer"]:
-                    yield Variant(configs[0], dtype, precision, shape, capability, wide=True)
-                    yield Variant(configs[0], dtype, precision, shape, capability, residual=False, ones=True)
+                for kernel in ("pointer", "window"):
+                    first = next(config for config in configs if config.kernel == kernel)
+                    for shape in _SHAPES[kernel]:
+                        yield Variant(first, dtype, precision, shape, capability, wide=True)
+                        yield Variant(first, dtype, precision, shape, capability, residual=False, ones=True)
 
 
 def compile_all(wanted: Iterable[Variant], processes: int = 2) -> Iterator[Compiled]:

@@ -44,7 +44,7 @@ class NormVariant(NamedTuple):
     def faults(self, kernel: Binary) -> list[str]:
         """What is wrong with a kernel: spills, or narrow accesses where the layout allows wide ones."""
         found = kernel.faults()
-        if self.channels_last and not self.ones and kernel.name != "merge_kernel" and not vectors(kernel):
+        if self.channels_last and not self.ones and not vectors(kernel):
             found.append("no 16-byte access")
         return found
 

@@ -84,14 +84,16 @@ void store_global(void* to, const V& v) {
 }
 
 template <class V>
-V load_shared(SharedAddress from) {
+V load_shared(SharedAddress from, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   V v;
+  simt::banks().note(simt::thread_index(), file, line, from, sizeof(V));
   simt::shared_memory().read(from, &v, sizeof(V), simt::now());
   return v;
 }
 
 template <class V>
-void store_shared(SharedAddress to, const V& v) {
+void store_shared(SharedAddress to, const V& v, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  simt::banks().note(simt::thread_index(), file, line, to, sizeof(V));
   simt::shared_memory().write(to, &v, sizeof(V), simt::now());
 }
 
@@ -108,14 +110,22 @@ void async_wait() {
   simt::shared_memory().wait(N, simt::now(), simt::copy_queue());
 }
 
+struct MatrixIn {
+  SharedAddress row;
+  const char* file;
+  int line;
+};
+
 template <int COUNT, bool TRANSPOSED = false>
 void load_matrix(uint32_t (&out)[COUNT], SharedAddress row, const char* file = __builtin_FILE(),
                  int line = __builtin_LINE()) {
-  simt::warp_collective("load_matrix", file, line, &row, out, [](const void* const* in, void* const* out) {
+  const MatrixIn in{row, file, line};
+  simt::warp_collective("load_matrix", file, line, &in, out, [](const void* const* in, void* const* out) {
+    const auto* place = static_cast<const MatrixIn*>(in[0]);
     for (int matrix = 0; matrix < COUNT; ++matrix) {
       SharedAddress rows[8];
-      for (int r = 0; r < 8; ++r) rows[r] = *static_cast<const SharedAddress*>(in[matrix * 8 + r]);
-      simt::count_bank_conflicts(rows);
+      for (int r = 0; r < 8; ++r) rows[r] = static_cast<const MatrixIn*>(in[matrix * 8 + r])->row;
+      simt::banks().add(place->file, place->line, simt::Banks::conflicts(rows, 8, 16));
       uint16_t tile[8][8];
       for (int r = 0; r < 8; ++r) {
         simt::Instant now = simt::now();

@@ -91,19 +91,25 @@ def survivors(mutation: Mutation, folder: Path) -> list[str]:
         )
     path.write_text(text.replace(mutation.old, mutation.new))
     _keep(csrc / "bottleneck" / "instances.h", mutation.kernels)
-    objects = [
-        simt_harness.build(source, csrc, folder) if source.stem == "run_bottleneck" else simt_harness.build(source)
-        for source in simt_harness.sources()
-    ]
-    program = simt_harness.link(objects, folder)
-    with mock.patch.object(simt_harness, "runner", lambda: program):
-        return [name for name in mutation.kernels if passes(name)]
+    objects = []
+    for source in simt_harness.sources():
+        if source.parts[-2:] == ("bottleneck", "cuda.cpp"):
+            objects.append(simt_harness.build(csrc / "bottleneck" / "cuda.cpp", csrc, folder))
+        elif source.stem == "launch_bottleneck":
+            objects.append(simt_harness.build(source, csrc, folder))
+        else:
+            objects.append(simt_harness.build(source))
+    library = simt_harness.link(objects, folder)
+    with mock.patch.object(simt_harness, "library", lambda: library):
+        found = [name for name in mutation.kernels if passes(name)]
+    simt_harness.stop(library)
+    return found
 
 
 def passes(kernel: str) -> bool:
     try:
         check(_call(kernel), Options(f"bf16_{kernel}", multiprocessors=1))
-    except (simt_harness.RunnerError, AssertionError):
+    except (simt_harness.RunnerError, simt_harness.Refused, AssertionError):
         return False
     return True
 

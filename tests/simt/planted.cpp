@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "common/primitives.cuh"
-#include "run.h"
+#include "host.h"
 
 namespace simt {
 
@@ -60,6 +60,13 @@ void copy_async(const float* in, float* out, Sync sync, int distance) {
   rf::async_wait<0>();
 }
 
+// Each thread writes V behind one another, `stride` bytes apart, a warp apart from the other.
+template <class V>
+void scatter(int stride) {
+  const int t = rf::thread_x();
+  rf::store_shared(rf::dynamic_shared() + t / 32 * (32 * stride) + t % 32 * stride, V{});
+}
+
 void run(const std::function<void()>& body) { launch({2, 1, 1}, 64, 64 * 16, body); }
 
 }  // namespace
@@ -80,6 +87,34 @@ void run_planted(const char* name) {
       if (sum != static_cast<float>((rf::thread_x() ^ 1) + 1)) fail("wrong shuffle");
       if (rf::ballot(rf::thread_x() % 2 == 0) != 0x55555555u) fail("wrong ballot");
     });
+  } else if (is("banks")) {
+    const auto count = [](const std::function<void()>& body) {
+      const uint64_t before = banks().total();
+      launch({1, 1, 1}, 64, 64 * 128, body);
+      std::printf("%llu ", static_cast<unsigned long long>(banks().total() - before));
+    };
+    count([] { scatter<float>(4); });
+    count([] { scatter<float>(8); });
+    count([] { scatter<float>(128); });
+    count([] { scatter<rf::Vector<float, 2>>(8); });
+    count([] { scatter<rf::Vector<float, 2>>(16); });
+    count([] { scatter<rf::Vector<float, 4>>(16); });
+    count([] { scatter<rf::Vector<float, 4>>(32); });
+    count([] { scatter<rf::fp16>(2); });
+    count([] {  // a word for all, and lanes that stay out, in a second pass of a loop
+      if (rf::thread_x() % 32 == 0) rf::store_shared(rf::dynamic_shared() + rf::thread_x() / 32 * 4, 1.0f);
+      rf::barrier();
+      for (int i = 0; i < 2; ++i) {
+        if (i == 0 || rf::thread_x() % 32 < 2) rf::load_shared<float>(rf::dynamic_shared() + rf::thread_x() / 32 * 4);
+      }
+    });
+    count([] {
+      rf::store_shared(rf::dynamic_shared() + rf::thread_x() * 16, rf::Vector<float, 4>{});
+      rf::warp_barrier();
+      uint32_t out[4];
+      rf::load_matrix<4>(out, rf::dynamic_shared() + rf::thread_x() / 32 * 512 + rf::thread_x() % 16 * 32);
+    });
+    std::printf("\n");
   } else if (is("missing_barrier")) {
     run([&] { rotate(out.get(), false); });
   } else if (is("write_after_read")) {

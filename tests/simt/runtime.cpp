@@ -68,7 +68,7 @@ ucontext_t scheduler;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
 std::mt19937_64 random_order(0);
-uint64_t conflicts = 0;
+Banks counted;
 const uint8_t* once = nullptr;
 std::vector<bool> stored;  // which bytes behind `once` the launch has stored to
 
@@ -177,7 +177,6 @@ void launch(Dim3 grid, unsigned threads, size_t shared_bytes, const std::functio
     fail("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
   }
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
-  conflicts = 0;
   block.grid = grid;
   block.threads = threads;
   block.body = &body;
@@ -191,6 +190,7 @@ void launch(Dim3 grid, unsigned threads, size_t shared_bytes, const std::functio
         block.shared.reset(shared_bytes);
         block.statics.clear();
         run_block();
+        counted.settle();
       }
     }
   }
@@ -200,6 +200,7 @@ Dim3 block_index() { return block.index; }
 Dim3 grid_size() { return block.grid; }
 int thread_index() { return block.current; }
 SharedMemory& shared_memory() { return block.shared; }
+Banks& banks() { return counted; }
 CopyQueue& copy_queue() { return current().copies; }
 
 Instant now() { return {block.current, block.epoch, block.warps[block.current / kWarpSize].epoch}; }
@@ -217,6 +218,7 @@ void block_barrier(const char* file, int line) {
   if (++block.at_barrier == static_cast<int>(block.threads)) {
     block.at_barrier = 0;
     ++block.epoch;
+    counted.settle();
     for (unsigned t = 0; t < block.threads; ++t) {
       if (!(fibers[t]->site == fiber.site)) {
         fail("divergent barrier: this thread is at %s:%d, thread %u at %s:%d", file, line, t, fibers[t]->site.file,
@@ -274,16 +276,6 @@ void note_store(const void* to, size_t bytes) {
     stored[at] = true;
   }
 }
-
-void count_bank_conflicts(const uint32_t (&rows)[8]) {
-  for (int i = 1; i < 8; ++i) {  // a row is 16 bytes, four of the 32 banks; the same row is read once for all
-    conflicts += std::any_of(rows, rows + i, [&](uint32_t other) {
-      return other != rows[i] && other / 16 % 8 == rows[i] / 16 % 8;
-    });
-  }
-}
-
-uint64_t bank_conflicts() { return conflicts; }
 
 void multiply_tiles(float (&d)[16][8], const float* a, const float* b, int k) {
   for (int row = 0; row < 16; ++row) {

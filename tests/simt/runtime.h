@@ -5,6 +5,7 @@
 #include <functional>
 #include <string>
 
+#include "banks.h"
 #include "shared_memory.h"
 
 namespace simt {
@@ -28,6 +29,7 @@ Dim3 grid_size();
 int thread_index();
 Instant now();
 SharedMemory& shared_memory();
+Banks& banks();  // of all launches of this process
 CopyQueue& copy_queue();
 uint32_t static_shared(const void* key, size_t bytes);
 void block_barrier(const char* file, int line);
@@ -42,10 +44,6 @@ void warp_collective(const char* name, const char* file, int line, const void* i
 // them write the same place.
 void write_once(const void* buffer, size_t bytes);
 void note_store(const void* to, size_t bytes);
-
-// Of the eight rows that ldmatrix reads at once, those that wait for another one in the same banks, summed over a launch.
-void count_bank_conflicts(const uint32_t (&rows)[8]);
-uint64_t bank_conflicts();
 
 // The sums of mma.sync, over whole tiles: d[16][8] += a[16][k] · b[k][8].
 void multiply_tiles(float (&d)[16][8], const float* a, const float* b, int k);

@@ -27,27 +27,13 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
     return tensor
 
 
-def run(a: Tensor, b: Tensor, out: Tensor | None = None, *, op: str = "forward", shift: dict[str, int] | None = None,
-        in_place: bool = False) -> tuple[str, Tensor]:  # fmt: skip
-    """The runner's text and its result, laid out as ``out`` (as ``a`` without one)."""
-
-    def extent(tensor: Tensor) -> int:
-        return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-
-    out = a if out is None else out
-    request: dict[str, object] = {
-        "dtype": short_dtype(a.dtype), "op": op, "multiprocessors": 2, "in_place": int(in_place),
-        "out_bytes": extent(out) * a.element_size(), "size": " ".join(map(str, a.shape)),
-        **{f"{name}_shift": bytes_ for name, bytes_ in (shift or {}).items()},
-    }  # fmt: skip
-    for name, tensor in (("a", a), ("b", b), ("out", out)):
-        request[f"stride_{name}"] = " ".join(map(str, tensor.stride()))
-    tensors = {"a": torch.as_strided(a, (extent(a),), (1,)), "b": torch.as_strided(b, (extent(b),), (1,))}
-    text, data = simt_harness.run("add_relu", request, tensors, "a" if in_place else "out")
-    if not data:
-        return text, torch.empty(0)
-    flat = simt_harness.from_bytes(data, a.dtype)
-    return text, torch.as_strided(flat, out.shape, out.stride())
+def run(a: Tensor, b: Tensor, op: str = "add_relu", shift: dict[str, int] | None = None) -> tuple[str, Tensor]:
+    """What was printed and the result. ``shift``: bytes by which a and b miss alignment; "out": by one element."""
+    shift = dict(shift or {})
+    out = shift.pop("out", 0)
+    places = {("a", "b").index(name): bytes_ for name, bytes_ in shift.items()}
+    answer = simt_harness.call(f"resnet_fused_cuda::{op}", a, b, shift=places, shifted=int(out > 0))
+    return answer.text, answer.out
 
 
 def assert_same(out: Tensor, expected: Tensor) -> None:
@@ -66,7 +52,7 @@ def test_flat(count: int, dtype: torch.dtype) -> None:
 @DTYPES
 def test_in_place(dtype: torch.dtype) -> None:
     a, b = values((3, 5, 7, 9), dtype, 1), values((3, 5, 7, 9), dtype, 2)
-    assert_same(run(a, b, in_place=True)[1], torch.relu(a + b))
+    assert_same(run(a, b, "add_relu_")[1], torch.relu(a + b))
 
 
 @DTYPES
@@ -74,7 +60,7 @@ def test_in_place(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shifted", (("a", "b", "out"), ("a",), ("b", "out")), ids="+".join)
 def test_misaligned(shifted: tuple[str, ...], count: int, dtype: torch.dtype) -> None:
     """All three alike: a head of single elements and then vectors; otherwise single elements throughout."""
-    a, b = values((count,), dtype, 1), values((count,), dtype, 2)
+    a, b = values((1, 1, 1, count), dtype, 1), values((1, 1, 1, count), dtype, 2)
     text, out = run(a, b, shift=dict.fromkeys(shifted, dtype.itemsize))
     assert text.startswith("vectors" if len(shifted) == 3 else "elements")
     assert_same(out, torch.relu(a + b))
@@ -91,19 +77,19 @@ def test_layouts(dtype: torch.dtype) -> None:
     text, out = run(a.contiguous(**last), b)
     assert text.startswith("strided")
     assert_same(out, expected)
+    assert out.stride() == (a.contiguous(**last) + b).stride()
 
 
 @DTYPES
 def test_views(dtype: torch.dtype) -> None:
     """Crops, steps, expanded and five-dimensional views."""
     a, b = values((3, 8, 9, 10), dtype, 1), values((3, 8, 9, 10), dtype, 2)
-    dense = torch.empty(3, 4, 7, 10, dtype=dtype)
-    assert_same(run(a[:, ::2, 1:8], b[:, 1::2, 2:], dense)[1], torch.relu(a[:, ::2, 1:8] + b[:, 1::2, 2:]))
+    assert_same(run(a[:, ::2, 1:8], b[:, 1::2, 2:])[1], torch.relu(a[:, ::2, 1:8] + b[:, 1::2, 2:]))
     row = b[:, :, :1, :].expand_as(a)
     assert_same(run(a, row)[1], torch.relu(a + row))
     five = values((2, 3, 4, 5, 6), dtype, 3).permute(4, 2, 0, 3, 1)
     other = values(tuple(five.shape), dtype, 4)
-    assert_same(run(five, other, other)[1], torch.relu(five + other))
+    assert_same(run(five, other)[1], torch.relu(five + other))
 
 
 @DTYPES
@@ -111,14 +97,20 @@ def test_backward(dtype: torch.dtype) -> None:
     grad, output = values((2, 3, 9, 5), dtype, 1), torch.relu(values((2, 3, 9, 5), dtype, 2))
     assert torch.isnan(output).any()
     expected = torch.ops.aten.threshold_backward(grad, output, 0)
-    assert_same(run(grad, output, op="backward")[1], expected)
-    step = run(grad[:, :, ::2], output[:, :, ::2], op="backward", out=expected[:, :, ::2].contiguous())[1]
+    assert_same(run(grad, output, "relu_backward")[1], expected)
+    step = run(grad[:, :, ::2], output[:, :, ::2], "relu_backward")[1]
     assert_same(step, expected[:, :, ::2])
 
 
 def test_refusals_give_a_reason() -> None:
     six = torch.zeros(2, 2, 2, 2, 2, 2).permute(5, 3, 1, 4, 2, 0)
-    text, _ = run(six, torch.zeros(2, 2, 2, 2, 2, 2))
-    assert text == "refused: more than 5 dimensions that cannot be merged\n"
-    text, _ = run(torch.zeros(4), torch.zeros(4), shift={"b": 2})
-    assert text == "refused: a pointer is not aligned to its element\n"
+    with pytest.raises(simt_harness.Refused, match="more than 5 dimensions that cannot be merged"):
+        run(six, torch.zeros(2, 2, 2, 2, 2, 2))
+    with pytest.raises(simt_harness.Refused, match="a pointer is not aligned to its element"):
+        run(torch.zeros(4), torch.zeros(4), shift={"b": 2})
+    with pytest.raises(simt_harness.Refused, match=r"b: got shape \[5\], need that of a, \[4\]"):
+        run(torch.zeros(4), torch.zeros(5))
+    with pytest.raises(simt_harness.Refused, match="b: need the dtype of a"):
+        run(torch.zeros(4), torch.zeros(4).half())
+    with pytest.raises(simt_harness.Refused, match="a: need bfloat16, float16 or float32"):
+        run(torch.zeros(4).double(), torch.zeros(4).double())

@@ -165,8 +165,10 @@ def test_only_what_is_wanted_is_written(need_x: bool, need_residual: bool) -> No
 
 def test_refusals_give_a_reason() -> None:
     call = NormCase(2, 8, 4, 3).make(torch.bfloat16)
-    with pytest.raises(ValueError, match="refused: a pointer is not aligned to its element"):
+    with pytest.raises(simt_harness.Refused, match="batch_norm_act by cuda: a pointer is not aligned to its element"):
         norm_calls.forward(copied(call, grad=False), Options(shift={"x": 1}))
     one = NormCase(1, 8, 1, 1).make(torch.bfloat16)
-    with pytest.raises(ValueError, match="refused: one value per channel has no variance"):
+    with pytest.raises(simt_harness.Refused, match="batch_norm_act by cuda: one value per channel has no variance"):
         norm_calls.forward(one, Options())
+    with pytest.raises(simt_harness.Refused, match=r"weight: got shape \[4\], need \[8\]"):
+        norm_calls.forward(copied(call, grad=False)._replace(weight=torch.ones(4)), Options())

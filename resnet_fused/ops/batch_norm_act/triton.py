@@ -41,7 +41,7 @@ class NormConfig:
 
 CHANNELS_LAST = (NormConfig(64, 64), NormConfig(256, 16))  # many channels, few
 CONTIGUOUS = NormConfig(2048, 1)  # the pixels of one channel are adjacent
-MERGE_BLOCK = 128
+MERGE = NormConfig(128, 16)  # splits and channels: there are at most 4 splits to a multiprocessor, 528 on an H100
 _PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
@@ -85,23 +85,32 @@ def statistics_kernel(
 @triton.jit
 def merge_kernel(
     partial, mean_out, rstd_out, running_mean, running_var, batches, M, C, rows, splits, momentum, eps,
-    BC: tl.constexpr,
+    BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Merge the partial statistics; move the running ones by ``momentum``, or by 1/batches where that is given."""
+    """Merge the partial statistics; move the running ones by ``momentum``, or by 1/batches where that is given.
+
+    BS splits at a time: their mean, then their deviations about it, then Chan's merge with what came before.
+    """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     ok = c < C
     mean = tl.zeros((BC,), tl.float32)
     squares = tl.zeros((BC,), tl.float32)
     count = 0.0
-    for split in range(splits):
-        at = tl.cast(split, tl.int64) * C + c
-        n = tl.minimum(M - tl.cast(split, tl.int64) * rows, rows).to(tl.float32)
-        delta = tl.load(partial + at, mask=ok, other=0.0) - mean
-        share = n / (count + n)
+    for start in range(0, splits, BS):
+        split = (start + tl.arange(0, BS)).to(tl.int64)
+        here = (split < splits)[:, None] & ok[None, :]
+        at = partial + split[:, None] * C + c[None, :]
+        means = tl.load(at, mask=here, other=0.0)  # [BS, BC]
+        within = tl.load(at + tl.cast(splits, tl.int64) * C, mask=here, other=0.0)
+        n = tl.minimum(tl.maximum(M - split * rows, 0), rows).to(tl.float32)  # pixels of a split: the last has fewer
+        total = tl.sum(n, 0)
+        block_mean = tl.sum(means * n[:, None], 0) / total
+        d = tl.where(here, means - block_mean[None, :], 0.0)
+        delta = block_mean - mean
+        share = total / (count + total)
         mean += delta * share
-        squares += tl.load(partial + tl.cast(splits, tl.int64) * C + at, mask=ok, other=0.0)
-        squares += delta * delta * count * share
-        count += n
+        squares += tl.sum(within + d * d * n[:, None], 0) + delta * delta * count * share
+        count += total
     tl.store(mean_out + c, mean, mask=ok)
     tl.store(rstd_out + c, 1.0 / tl.sqrt_rn(squares / count + eps), mask=ok)
     if running_mean is not None:
@@ -223,9 +232,10 @@ def run(call: BatchNormCall) -> tuple[Tensor, Tensor, Tensor]:
         partial = plan.partial()
         statistics_kernel[plan.reduction](x, partial, *plan.sizes, plan.rows, plan.splits, **plan.constants)
         batches = call.num_batches_tracked if call.momentum is None else None
-        merge_kernel[(triton.cdiv(x.shape[1], MERGE_BLOCK),)](
+        merge_kernel[(triton.cdiv(x.shape[1], MERGE.block_c),)](
             partial, mean, rstd, call.running_mean, call.running_var, batches, plan.sizes[0], x.shape[1],
-            plan.rows, plan.splits, float(call.momentum or 0.0), call.eps, BC=MERGE_BLOCK, num_warps=4, **_FUSION,
+            plan.rows, plan.splits, float(call.momentum or 0.0), call.eps,
+            BS=MERGE.block_m, BC=MERGE.block_c, num_warps=MERGE.warps, **_FUSION,
         )  # fmt: skip
         written(call.running_mean, call.running_var)
         return apply(call, mean, rstd), mean, rstd

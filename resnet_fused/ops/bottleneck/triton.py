@@ -15,6 +15,7 @@ from torch import Tensor
 from resnet_fused import backends
 from resnet_fused.ops.block import BlockCall
 from resnet_fused.ops.bottleneck import triton_config, triton_kernel
+from resnet_fused.ops.conv_bn_act.triton import affine
 from resnet_fused.ops.convbn import ConvBN, short_dtype
 
 _MIDS = (64, 128)
@@ -68,7 +69,7 @@ def run(call: BlockCall) -> Tensor:
         convs = (*call.convs, call.shortcut)
         weights = [None if c is None else c.weight.permute(0, 2, 3, 1).contiguous() for c in convs]
         triton_kernel.bottleneck[programs,](
-            x, *weights, out, scratch, *[value for conv in convs for value in _vectors(conv)],
+            x, *weights, out, scratch, *[vector for conv in convs for vector in _affine(conv)],
             tiles, tiles_h, tiles_w, h, w, p, q, *x.stride()[:3],
             **constants, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -80,8 +81,5 @@ def _is(conv: ConvBN, size: int, stride: tuple[int, int]) -> bool:
     return rest == ((size, size), stride, (size // 2, size // 2), (1, 1), 1)
 
 
-def _vectors(conv: ConvBN | None) -> tuple[Tensor | float | None, ...]:
-    if conv is None:
-        return (None, None, None, None, None, 0.0)
-    vectors = (conv.bias, conv.running_mean, conv.running_var, conv.bn_weight, conv.bn_bias)
-    return (*[None if v is None else v.contiguous() for v in vectors], conv.eps)
+def _affine(conv: ConvBN | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if conv is None else affine(conv)

@@ -10,16 +10,13 @@ registers for the last 1x1. Compute is in NHWC, sums are float32, both hidden te
 import triton
 import triton.language as tl
 
-from resnet_fused.ops.conv_bn_act.triton_kernels import _batch_norm, _dot, _relu
+from resnet_fused.ops.conv_bn_act.triton_kernels import _affine, _dot, _relu
 
 
 @triton.jit
 def bottleneck(
     x, w1, w2, w3, wp, out, scratch,
-    bias1, mean1, var1, gamma1, beta1, eps1,
-    bias2, mean2, var2, gamma2, beta2, eps2,
-    bias3, mean3, var3, gamma3, beta3, eps3,
-    biasp, meanp, varp, gammap, betap, epsp,
+    scale1, shift1, scale2, shift2, scale3, shift3, scalep, shiftp,
     tiles, tiles_h, tiles_w, h, w, p, q, x_n, x_h, x_w,
     CIN: tl.constexpr, MID: tl.constexpr, STRIDE: tl.constexpr, PROJECT: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, HALO_H: tl.constexpr, HALO_W: tl.constexpr,
@@ -44,7 +41,7 @@ def bottleneck(
             for c in range(0, CIN, BK):
                 a = tl.load(image + at[:, None] + (c + k)[None, :], mask=inside[:, None], other=0.0)
                 acc = _dot(a, tl.load(w1 + mid[None, :] * CIN + (c + k)[:, None]), acc, "tf32")
-            hidden = _relu(_batch_norm(acc, mid, mid < MID, bias1, mean1, var1, gamma1, beta1, eps1))
+            hidden = _relu(_affine(acc, mid, mid < MID, scale1, shift1))
             hidden = tl.where(inside[:, None], hidden, 0.0).to(out.dtype.element_ty)  # the 3x3 pads with zeros
             tl.store(slot + pixel[:, None] * MID + mid[None, :], hidden, mask=pixel[:, None] < HALO)
         tl.debug_barrier()
@@ -56,7 +53,7 @@ def bottleneck(
             for c in range(0, MID, BK):
                 a = tl.load(slot + shifted[:, None] * MID + (c + k)[None, :])
                 acc = _dot(a, tl.load(w2 + mid[None, :] * (9 * MID) + (tap * MID + c + k)[:, None]), acc, "tf32")
-        hidden = _relu(_batch_norm(acc, mid, mid < MID, bias2, mean2, var2, gamma2, beta2, eps2))
+        hidden = _relu(_affine(acc, mid, mid < MID, scale2, shift2))
         hidden = hidden.to(out.dtype.element_ty)
 
         row, column = p0 + rows // TILE_W, q0 + rows % TILE_W
@@ -66,13 +63,13 @@ def bottleneck(
         for first in range(0, COUT, BN):
             o = first + part
             y = _dot(hidden, tl.load(w3 + o[None, :] * MID + mid[:, None]), tl.zeros((BM, BN), tl.float32), "tf32")
-            y = _batch_norm(y, o, o < COUT, bias3, mean3, var3, gamma3, beta3, eps3)
+            y = _affine(y, o, o < COUT, scale3, shift3)
             if PROJECT:
                 projected = tl.zeros((BM, BN), tl.float32)
                 for c in range(0, CIN, BK):
                     a = tl.load(image + at[:, None] + (c + k)[None, :], mask=inside[:, None], other=0.0)
                     projected = _dot(a, tl.load(wp + o[None, :] * CIN + (c + k)[:, None]), projected, "tf32")
-                y += _batch_norm(projected, o, o < COUT, biasp, meanp, varp, gammap, betap, epsp)
+                y += _affine(projected, o, o < COUT, scalep, shiftp)
             else:
                 y += tl.load(image + at[:, None] + o[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
             tl.store(to + o[None, :], _relu(y).to(out.dtype.element_ty), mask=inside[:, None])

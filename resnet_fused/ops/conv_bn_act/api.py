@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resnet_fused import backends
 from resnet_fused.ops import library, packed
-from resnet_fused.ops.conv_bn_act import reference, unpacked
+from resnet_fused.ops.conv_bn_act import reference, triton_config, unpacked
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, check_call
 from resnet_fused.ops.layout import like_eager
 from resnet_fused.ops.schemas import SCHEMAS
@@ -38,11 +38,14 @@ def candidates(x: Tensor, conv: ConvBN) -> tuple[str, ...]:
     if x.device.type == "cuda" and x.dtype != torch.float64:
         # A 1x1 convolution is bound by memory, where the fused epilogue pays whole; a larger filter by arithmetic,
         # where cuDNN's kernels are the safer choice until a tuning table says otherwise. Its fused 7x7 has been seen
-        # many times slower than the plain one (pytorch#68506), so larger filters stay with eager. This project's own
-        # CUDA kernels come last of the fused ones: no GPU has timed them yet.
+        # many times slower than the plain one (pytorch#68506), so larger filters stay with eager, but for the stem of a
+        # network: there Triton's kernel moves less than a third of eager's bytes. That is counted (bench/NOTES.md),
+        # not measured. This project's own CUDA kernels come last of the fused ones: no GPU has timed them yet.
         filter_size = conv.weight.shape[2] * conv.weight.shape[3]
         if filter_size > 9:
-            return ("reference",)
+            channels, size = conv.weight.shape[1], (conv.weight.shape[2], conv.weight.shape[3])
+            stem = triton_config.windowed(size, channels, conv.dilation, conv.groups)
+            return ("triton", "reference") if stem else ("reference",)
         if filter_size == 1 and conv.groups == 1:
             return ("triton", "cudnn", "cuda", "reference")
         return ("cudnn", "triton", "cuda", "reference")

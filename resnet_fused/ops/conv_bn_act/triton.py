@@ -1,7 +1,8 @@
 """conv_bn_act by Triton: implicit GEMM with the whole epilogue fused, on CUDA devices from compute capability 8.0.
 
 x is read where it lies when its channels are adjacent (channels_last, slices of it), else copied once per call; so is
-a weight that is not channels_last. Nothing is kept between calls and nothing is measured.
+a weight that is not channels_last. Batch norm is kept between calls as a scale and a shift of each channel, by the
+rules of packed weights. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_fused import backends
+from resnet_fused.ops import packed
 from resnet_fused.ops.conv_bn_act import triton_config as cfg
 from resnet_fused.ops.conv_bn_act import triton_kernels as kernels
+from resnet_fused.ops.conv_bn_act import triton_window
 from resnet_fused.ops.conv_bn_act.triton_config import Architecture, ConvConfig, Problem
-from resnet_fused.ops.convbn import ConvBNActCall, short_dtype
+from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, short_dtype
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16  # bytes: of a descriptor's base and strides
 _NARROW_SPAN = 2**30  # elements up to which offsets, with all that a tile overhangs, stay within 32 bits
 _REDUCE_TILE = (4, 128)
+_AFFINES = packed.new_kind()
 
 
 class Operands(NamedTuple):
@@ -32,7 +36,8 @@ class Operands(NamedTuple):
     x: Tensor  # [N, H, W, C], channels adjacent
     weight: Tensor  # [K, R, S, C/groups], dense
     residual: Tensor | None  # [N, P, Q, K], dense
-    vectors: tuple[Tensor | None, ...]  # bias, mean, var, γ, β
+    scale: Tensor  # [K] float32: batch norm and the convolution's bias are a product and a sum
+    shift: Tensor  # [K] float32
 
 
 def supports(call: ConvBNActCall) -> str | None:
@@ -70,7 +75,10 @@ def run(call: ConvBNActCall, config: ConvConfig | None = None) -> Tensor:
     out = call.x.new_empty((problem.n, problem.p, problem.q, problem.k * problem.groups))
     if out.numel():
         with torch.cuda.device(call.x.device) if call.x.is_cuda else contextlib.nullcontext():
-            if config.kernel == "pointer":
+            if config.kernel == "window":
+                wide, tiles = _wide(operands, out, 1), cfg.tiles(problem, config)
+                triton_window.launch(call.conv, call.act == "relu", operands, problem, config, wide, tiles, out)
+            elif config.kernel == "pointer":
                 _launch_pointer(call, operands, problem, config, out)
             else:
                 _launch_descriptor(call, operands, problem, config, arch, out)
@@ -91,13 +99,18 @@ def _operands(call: ConvBNActCall) -> Operands:
     if x.stride(3) != 1 and x.shape[3] > 1:
         x = x.contiguous()
     residual = None if call.residual is None else _dense(call.residual.permute(0, 2, 3, 1))
-    vectors = (conv.bias, conv.running_mean, conv.running_var, conv.bn_weight, conv.bn_bias)
-    return Operands(
-        x,
-        _dense(conv.weight.permute(0, 2, 3, 1)),
-        residual,
-        tuple(None if v is None else v.contiguous() for v in vectors),
-    )
+    return Operands(x, _dense(conv.weight.permute(0, 2, 3, 1)), residual, *affine(conv))
+
+
+def affine(conv: ConvBN) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of each output channel in float32, as the kernels read them."""
+    scale, shift = packed.packed(_AFFINES, conv, _affine)
+    return scale, shift
+
+
+def _affine(conv: ConvBN) -> tuple[Tensor, Tensor]:
+    scale, shift = packed.affine(conv, torch.float64)
+    return scale.float().contiguous(), shift.float().contiguous()
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -116,9 +129,10 @@ def _problem(call: ConvBNActCall, operands: Operands) -> Problem:
     p, q = conv.output_size(h, w)
     plain = (r, s) == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
     rows = plain and row_stride(x) is not None
+    windowed = cfg.windowed((r, s), c // conv.groups, conv.dilation, conv.groups)
     return Problem(
         x.dtype, _precision(x.dtype), n, c // conv.groups, k // conv.groups, p, q, (r, s), conv.stride, conv.padding,
-        conv.dilation, conv.groups, rows, _describable(call, operands),
+        conv.dilation, conv.groups, rows, _describable(call, operands), triton_window.unit(x, conv) if windowed else 0,
     )  # fmt: skip
 
 
@@ -150,7 +164,7 @@ def _aligned(tensor: Tensor) -> bool:
 
 def _describable(call: ConvBNActCall, operands: Operands) -> bool:
     """Whether tensor descriptors can be made of the operands: base and strides multiples of 16 bytes."""
-    conv, (x, weight, residual, _) = call.conv, operands
+    conv, (x, weight, residual, *_) = call.conv, operands
     itemsize = x.element_size()
     if conv.groups > 1 or conv.stride not in ((1, 1), (2, 2)):
         return False
@@ -173,7 +187,7 @@ def _wide(operands: Operands, out: Tensor, splits: int) -> bool:
 
 
 def _launch_pointer(call: ConvBNActCall, operands: Operands, problem: Problem, config: ConvConfig, out: Tensor) -> None:
-    x, weight, residual, vectors = operands
+    x, weight, residual, scale, shift = operands
     conv, splits = call.conv, config.split_k
     mode, relu = cfg.mode(problem, config), call.act == "relu"
     per_split = math.ceil(cfg.steps(problem, config) / splits)
@@ -184,7 +198,7 @@ def _launch_pointer(call: ConvBNActCall, operands: Operands, problem: Problem, c
         workspace = torch.empty((splits, problem.m, channels), dtype=torch.float32, device=x.device)
     x_n, x_h, x_w = (0, 0, row_stride(x)) if problem.rows else x.stride()[:3]
     kernels.conv_pointer[cfg.tiles(problem, config), splits](
-        x, weight, None if splits > 1 else residual, None if splits > 1 else out, workspace, *vectors, conv.eps,
+        x, weight, None if splits > 1 else residual, None if splits > 1 else out, workspace, scale, shift,
         problem.m, problem.c, problem.k, x.shape[1], x.shape[2], problem.p, problem.q, problem.groups,
         x_n, x_h, x_w, problem.taps * problem.c,
         *conv.stride, *conv.padding, *conv.dilation, per_split,
@@ -195,7 +209,7 @@ def _launch_pointer(call: ConvBNActCall, operands: Operands, problem: Problem, c
     if workspace is not None:
         bm, bn = _REDUCE_TILE
         kernels.conv_reduce[math.ceil(problem.m / bm), math.ceil(channels / bn)](
-            workspace, residual, out, *vectors, conv.eps, problem.m, channels,
+            workspace, residual, out, scale, shift, problem.m, channels,
             SPLITS=splits, RELU=relu, WIDE=wide, BM=bm, BN=bn, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -222,7 +236,7 @@ def _launch_descriptor(
 
     programs = min(cfg.tiles(problem, config), arch.processors * config.blocks_per_sm)
     kernels.conv_descriptor[(programs,)](
-        *inputs, filters, None if residual is None else output(residual), output(out), *operands.vectors, conv.eps,
+        *inputs, filters, None if residual is None else output(residual), output(out), operands.scale, operands.shift,
         n, p, q, problem.c, channels,
         R=r, S=s, STRIDE=conv.stride[0], PAD_H=conv.padding[0], PAD_W=conv.padding[1],
         DIL_H=conv.dilation[0], DIL_W=conv.dilation[1], RELU=call.act == "relu", PRECISION=problem.precision,

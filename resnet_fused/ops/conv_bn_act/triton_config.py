@@ -30,6 +30,7 @@ class Problem(NamedTuple):
     groups: int
     rows: bool  # x is a matrix of pixels: 1x1, stride 1, no padding, one pixel stride throughout
     describable: bool  # the operands' addresses and strides suit tensor descriptors
+    unit: int = 0  # elements that the window kernel reads at a time; 0: it does not serve this problem
 
     @property
     def m(self) -> int:
@@ -80,7 +81,7 @@ class ConvConfig(NamedTuple):
     blocks_per_sm sizes the grid of the descriptor kernel, whose programs stay resident.
     """
 
-    kernel: str  # "pointer" or "descriptor"
+    kernel: str  # "pointer", "descriptor" or "window"
     block_m: int
     block_n: int
     block_k: int
@@ -158,13 +159,35 @@ DESCRIPTOR_TF32 = (
     ConvConfig("descriptor", 128, 64, 32, 4, 4, blocks_per_sm=2),
     ConvConfig("descriptor", 64, 64, 32, 4, 4, blocks_per_sm=2),
 )
+# Few input channels, as in a network's stem: a reduction of 168 terms for a 7x7 filter. Registers bound the tile: on
+# compute capability 9.0 the first config takes 128 of them, two blocks to a multiprocessor.
+WINDOW_HALF = (
+    ConvConfig("window", 128, 64, 32, 8, 4),  # the stem of a ResNet
+    ConvConfig("window", 128, 64, 64, 8, 3),  # fewer steps, one block
+    ConvConfig("window", 64, 64, 64, 4, 3),  # few pixels
+    ConvConfig("window", 64, 32, 64, 4, 3),  # few output channels
+)
+WINDOW_TF32 = (
+    ConvConfig("window", 128, 64, 32, 8, 3),
+    ConvConfig("window", 64, 32, 32, 4, 3),
+)
+WINDOW_IEEE = (
+    ConvConfig("window", 64, 64, 16, 4, 3),
+    ConvConfig("window", 64, 32, 16, 4, 3),
+)
+WINDOW_CHANNELS = 16  # from here on a step of one tap is filled by its channels
+
+
+def windowed(filter_size: tuple[int, int], channels: int, dilation: tuple[int, int], groups: int) -> bool:
+    """Whether the window kernel is made for such filters: rows of several taps side by side, few channels."""
+    return filter_size[1] > 1 and dilation[1] == 1 and groups == 1 and 0 < channels < WINDOW_CHANNELS
 
 
 def shipped(dtype: torch.dtype, precision: str = "tf32") -> tuple[ConvConfig, ...]:
     """Every config that serves ``dtype``; ``precision`` matters for float32 alone."""
     if dtype != torch.float32:
-        return POINTER_HALF + DESCRIPTOR_HALF
-    return POINTER_TF32 + DESCRIPTOR_TF32 if precision == "tf32" else POINTER_IEEE
+        return POINTER_HALF + DESCRIPTOR_HALF + WINDOW_HALF
+    return POINTER_TF32 + DESCRIPTOR_TF32 + WINDOW_TF32 if precision == "tf32" else POINTER_IEEE + WINDOW_IEEE
 
 
 def fits(config: ConvConfig, dtype: torch.dtype, arch: Architecture) -> bool:
@@ -185,6 +208,8 @@ def steps(problem: Problem, config: ConvConfig) -> int:
     """How many blocks of the reduction a tile goes through."""
     if config.kernel == "pointer" and mode(problem, config) == "flat":
         return math.ceil(problem.c * problem.taps / config.block_k)
+    if config.kernel == "window":  # filter rows are padded to a multiple of 8 terms
+        return math.ceil(problem.filter[0] * math.ceil(problem.filter[1] * problem.c / 8) * 8 / config.block_k)
     return math.ceil(problem.c / config.block_k) * problem.taps
 
 
@@ -213,7 +238,7 @@ def tile_of(problem: Problem, config: ConvConfig) -> tuple[int, int, int]:
 
 def tiles(problem: Problem, config: ConvConfig) -> int:
     """How many output tiles there are, over all groups."""
-    if config.kernel == "pointer" or problem.rows:
+    if config.kernel != "descriptor" or problem.rows:
         pixels = math.ceil(problem.m / config.block_m)
     else:
         tn, th, tw = tile_of(problem, config)
@@ -231,6 +256,8 @@ def _serves(config: ConvConfig, problem: Problem, arch: Architecture) -> bool:
         return False
     if config.kernel == "descriptor":
         return problem.describable
+    if config.kernel == "window":
+        return problem.unit > 0
     return config.split_k <= steps(problem, config)
 
 
@@ -240,6 +267,8 @@ def cost(problem: Problem, config: ConvConfig, arch: Architecture) -> float:
     step: float = config.block_k * (config.block_m * config.block_n + 64 * (config.block_m + config.block_n))
     if config.kernel == "pointer" and arch.descriptors:
         step *= 1.5  # address arithmetic, which descriptors spare
+    if config.kernel == "pointer" and mode(problem, config) == "flat":
+        step *= 2  # and a load for every element
     epilogue = 256 * config.block_m * config.block_n
     waves = math.ceil(tiles(problem, config) * config.split_k / arch.processors)
     work: float = waves * (math.ceil(steps(problem, config) / config.split_k) * step + epilogue)

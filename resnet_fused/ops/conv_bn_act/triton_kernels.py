@@ -15,21 +15,11 @@ INTERPRETING = tl.constexpr(backends.interpreting())
 
 
 @triton.jit
-def _batch_norm(acc, k, k_ok, bias, mean, var, gamma, beta, eps):
-    """Batch norm of a tile [BM, BN] whose columns are the output channels k.
-
-    (v + bias − mean)·γ/√(var + eps) + β as v·scale + shift: two vectors beside the tile, not five, fit in registers.
-    """
-    scale = tl.rsqrt(tl.load(var + k, mask=k_ok, other=1.0).to(tl.float32) + eps)
-    if gamma is not None:
-        scale = scale * tl.load(gamma + k, mask=k_ok, other=0.0).to(tl.float32)
-    shift = -tl.load(mean + k, mask=k_ok, other=0.0).to(tl.float32)
-    if bias is not None:
-        shift += tl.load(bias + k, mask=k_ok, other=0.0).to(tl.float32)
-    shift = shift * scale
-    if beta is not None:
-        shift += tl.load(beta + k, mask=k_ok, other=0.0).to(tl.float32)
-    return acc * scale[None, :] + shift[None, :]
+def _affine(acc, k, k_ok, scale, shift):
+    """Batch norm of a tile [BM, BN] whose columns are the output channels k, from float32 vectors made beforehand."""
+    scale_k = tl.load(scale + k, mask=k_ok, other=0.0)
+    shift_k = tl.load(shift + k, mask=k_ok, other=0.0)
+    return acc * scale_k[None, :] + shift_k[None, :]
 
 
 @triton.jit
@@ -55,7 +45,7 @@ def _swizzle(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def conv_pointer(
-    x, weight, residual, out, workspace, bias, mean, var, gamma, beta, eps,
+    x, weight, residual, out, workspace, scale, shift,
     M, C, K, H, W, P, Q, groups, x_n, x_h, x_w, weight_k,
     stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, steps_per_split,
     S: tl.constexpr, TAPS: tl.constexpr, MODE: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr,
@@ -130,7 +120,7 @@ def conv_pointer(
         row = tl.program_id(1).to(m.dtype) * M + m
         tl.store(workspace + row[:, None] * channels + kk[None, :], acc, mask=m_ok[:, None] & k_ok[None, :])
     else:
-        y = _batch_norm(acc, kk, k_ok, bias, mean, var, gamma, beta, eps)
+        y = _affine(acc, kk, k_ok, scale, shift)
         at = m[:, None] * channels + kk[None, :]
         ok = m_ok[:, None] & k_ok[None, :]
         if residual is not None:
@@ -142,7 +132,7 @@ def conv_pointer(
 
 @triton.jit
 def conv_reduce(
-    workspace, residual, out, bias, mean, var, gamma, beta, eps, M, K,
+    workspace, residual, out, scale, shift, M, K,
     SPLITS: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Add the partial sums [SPLITS, M, K] in order, then the epilogue. Grid: (tiles of M, tiles of K)."""
@@ -158,7 +148,7 @@ def conv_reduce(
     for split in tl.static_range(SPLITS):
         row = m + split * M
         y += tl.load(workspace + row[:, None] * K + k[None, :], mask=ok, other=0.0)
-    y = _batch_norm(y, k, k_ok, bias, mean, var, gamma, beta, eps)
+    y = _affine(y, k, k_ok, scale, shift)
     if residual is not None:
         y += tl.load(residual + at, mask=ok, other=0.0).to(tl.float32)
     if RELU:
@@ -212,14 +202,16 @@ def _halves(acc, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _finish(
-    acc, n0, p0, q0, k0, residual, out, bias, mean, var, gamma, beta, eps, K,
+    acc, n0, p0, q0, k0, residual, out, scale, shift, K,
     RELU: tl.constexpr, TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of TN x TH x TW pixels by the BN channels from k0."""
     k = k0 + tl.arange(0, BN)
-    y = _batch_norm(acc, k, k < K, bias, mean, var, gamma, beta, eps)
+    if residual is not None:  # in this order: the other way round ptxas spills on compute capability 10.0
+        addend = residual.load([n0, p0, q0, k0]).reshape(TN * TH * TW, BN).to(tl.float32)
+    y = _affine(acc, k, k < K, scale, shift)
     if residual is not None:
-        y += residual.load([n0, p0, q0, k0]).reshape(TN * TH * TW, BN).to(tl.float32)
+        y += addend
     if RELU:
         y = _relu(y)
     out.store([n0, p0, q0, k0], y.to(out.dtype).reshape(TN, TH, TW, BN))
@@ -227,7 +219,7 @@ def _finish(
 
 @triton.jit
 def conv_descriptor(
-    x00, x01, x10, x11, weight, residual, out, bias, mean, var, gamma, beta, eps,
+    x00, x01, x10, x11, weight, residual, out, scale, shift,
     N, P, Q, C, K,
     R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
@@ -262,22 +254,22 @@ def conv_descriptor(
             acc = _convolve(acc, x11, weight, n0, p0, q0, k0, C, 1, 1,
                             R, S, STRIDE, PAD_H, PAD_W, DIL_H, DIL_W, PRECISION, BM, BN, BK)  # fmt: skip
         if PARTS == 1:
-            _finish(acc, n0, p0, q0, k0, residual, out, bias, mean, var, gamma, beta, eps, K, RELU, TN, TH, TW, BN)
+            _finish(acc, n0, p0, q0, k0, residual, out, scale, shift, K, RELU, TN, TH, TW, BN)
         else:
             left, right = _halves(acc, BM, BN)
             if PARTS == 2:
-                _finish(left, n0, p0, q0, k0, residual, out, bias, mean, var, gamma, beta, eps, K,
+                _finish(left, n0, p0, q0, k0, residual, out, scale, shift, K,
                         RELU, TN, TH, TW, BN // 2)  # fmt: skip
-                _finish(right, n0, p0, q0, k0 + BN // 2, residual, out, bias, mean, var, gamma, beta, eps, K,
+                _finish(right, n0, p0, q0, k0 + BN // 2, residual, out, scale, shift, K,
                         RELU, TN, TH, TW, BN // 2)  # fmt: skip
             else:
                 one, two = _halves(left, BM, BN // 2)
                 three, four = _halves(right, BM, BN // 2)
-                _finish(one, n0, p0, q0, k0, residual, out, bias, mean, var, gamma, beta, eps, K,
+                _finish(one, n0, p0, q0, k0, residual, out, scale, shift, K,
                         RELU, TN, TH, TW, BN // 4)  # fmt: skip
-                _finish(two, n0, p0, q0, k0 + BN // 4, residual, out, bias, mean, var, gamma, beta, eps, K,
+                _finish(two, n0, p0, q0, k0 + BN // 4, residual, out, scale, shift, K,
                         RELU, TN, TH, TW, BN // 4)  # fmt: skip
-                _finish(three, n0, p0, q0, k0 + BN // 2, residual, out, bias, mean, var, gamma, beta, eps, K,
+                _finish(three, n0, p0, q0, k0 + BN // 2, residual, out, scale, shift, K,
                         RELU, TN, TH, TW, BN // 4)  # fmt: skip
-                _finish(four, n0, p0, q0, k0 + BN // 4 * 3, residual, out, bias, mean, var, gamma, beta, eps, K,
+                _finish(four, n0, p0, q0, k0 + BN // 4 * 3, residual, out, scale, shift, K,
                         RELU, TN, TH, TW, BN // 4)  # fmt: skip

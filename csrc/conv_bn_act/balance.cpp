@@ -1,0 +1,130 @@
+#include "conv_bn_act/balance.h"
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+#include "common/torch.h"
+#include "conv_bn_act/instructions.h"
+
+namespace rf::winograd {
+
+using cpu::divide_up;
+
+namespace {
+
+constexpr int64_t kElements = 1 << 15;  // of x, that are worth a thread
+constexpr float kLeastEnergy = 0x1p-100f, kMostEnergy = 0x1p126f;
+
+// What is known of some tiles, or of all.
+struct Found {
+  float largest = 0;   // energy of a tile
+  float uneven = 0;    // the largest energy of a tile of which one pixel holds too much
+  int64_t tile = 0;    // the first one of the largest energy
+  bool known = true;   // no energy is NaN, or too large
+
+  void join(const Found& other) {
+    if (other.largest > largest || (other.largest == largest && other.tile < tile)) {
+      largest = other.largest, tile = other.tile;
+    }
+    uneven = std::max(uneven, other.uneven);
+    known &= other.known;
+  }
+};
+
+int64_t across(const Problem& p) { return divide_up(p.out_width, 2); }
+int64_t down(const Problem& p) { return divide_up(p.out_height, 2); }
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The part of four pixels in a row or column from `first` on that lies in an image of `size`.
+Range inside(int64_t first, int64_t size) {
+  return {std::clamp<int64_t>(first, 0, size), std::clamp<int64_t>(first + 4, 0, size)};
+}
+
+// One row of tiles, counted over all images.
+Found look_at_row(const Problem& p, const float* energies, int64_t row, std::vector<float>& sum,
+                  std::vector<float>& peak) {
+  sum.assign(p.width, 0.0f), peak.assign(p.width, 0.0f);
+  const Range rows = inside(row % down(p) * 2 - p.pad_height, p.height);
+  for (int64_t y = rows.begin; y < rows.end; ++y) {
+    const float* const at = energies + (row / down(p) * p.height + y) * p.width;
+    for (int64_t x = 0; x < p.width; ++x) {
+      sum[x] += at[x];
+      peak[x] = std::max(peak[x], at[x]);
+    }
+  }
+  Found found;
+  found.tile = row * across(p);
+  for (int64_t i = 0; i < across(p); ++i) {
+    const Range columns = inside(i * 2 - p.pad_width, p.width);
+    float energy = 0, most = 0;
+    for (int64_t x = columns.begin; x < columns.end; ++x) {
+      energy += sum[x];
+      most = std::max(most, peak[x]);
+    }
+    found.known &= energy <= kMostEnergy;
+    if (energy > found.largest) found.largest = energy, found.tile = row * across(p) + i;
+    if (most > kPixelShare * energy) found.uneven = std::max(found.uneven, energy);
+  }
+  return found;
+}
+
+inline float number(float value) { return value; }
+
+inline float number(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// The largest energy of a channel of one tile.
+template <class Element>
+float channel_energy(const Problem& p, int64_t tile) {
+  const int64_t row = tile / across(p);
+  const Range rows = inside(row % down(p) * 2 - p.pad_height, p.height);
+  const Range columns = inside(tile % across(p) * 2 - p.pad_width, p.width);
+  std::vector<float> energy(p.channels);
+  for (int64_t y = rows.begin; y < rows.end; ++y) {
+    for (int64_t x = columns.begin; x < columns.end; ++x) {
+      const int64_t pixel = (row / down(p) * p.height + y) * p.width + x;
+      const Element* const from = static_cast<const Element*>(p.x) + pixel * p.channels;
+      for (int64_t c = 0; c < p.channels; ++c) {
+        const float value = number(from[c]);
+        energy[c] += value * value;
+      }
+    }
+  }
+  return *std::max_element(energy.begin(), energy.end());
+}
+
+}  // namespace
+
+bool balanced(const Problem& p, bool bf16, Energies* energies) {
+  const int64_t pixels = p.images * p.height * p.width, rows = p.images * down(p);
+  if (pixels * p.channels == 0) return true;
+  const Tensor memory = torch::stable::empty({pixels}, ScalarType::Float);
+  float* const energy = static_cast<float*>(memory.data_ptr());
+  torch::stable::parallel_for(0, pixels, divide_up(kElements, p.channels), [&](int64_t begin, int64_t end) {
+    energies(p, begin, end - begin, energy + begin);
+  });
+  Found found;
+  std::mutex mutex;
+  torch::stable::parallel_for(0, rows, divide_up(kElements, 4 * p.width), [&](int64_t begin, int64_t end) {
+    std::vector<float> sum, peak;
+    Found part;
+    part.tile = begin * across(p);
+    for (int64_t row = begin; row < end; ++row) part.join(look_at_row(p, energy, row, sum, peak));
+    const std::lock_guard<std::mutex> lock(mutex);
+    found.join(part);
+  });
+  if (!found.known || found.largest < kLeastEnergy || found.uneven >= kLargeShare * found.largest) return false;
+  const float channel = bf16 ? channel_energy<uint16_t>(p, found.tile) : channel_energy<float>(p, found.tile);
+  return channel <= kChannelShare * found.largest;
+}
+
+}  // namespace rf::winograd
