@@ -102,9 +102,7 @@ def test_ldmatrix_layout(count: int, transposed: bool) -> None:
     in row T / 4, the elements 2·(T % 4) and the next; with .trans those of the transposed matrix."""
     memory = torch.arange(32 * 8 * 2, dtype=torch.int16)
     order = torch.randperm(32 * 2, generator=torch.Generator().manual_seed(count))[:32]  # rows of 16 bytes, anywhere
-    found = simt_harness.call(
-        "resnet_fused_host::load_matrix", memory, (order * 16).int(), count, transposed
-    ).out
+    found = simt_harness.call("resnet_fused_host::load_matrix", memory, (order * 16).int(), count, transposed).out
     rows = memory.view(-1, 8)[order]
     for thread in range(32):
         for matrix in range(count):
@@ -170,7 +168,9 @@ def assert_same_numbers(found: np.ndarray, want: np.ndarray) -> None:
 def test_half_types_to_float() -> None:
     bits = torch.arange(1 << 16).int()
     halves = bits.numpy().astype(np.uint16)
-    assert_same_numbers(convert("fp16 to float", bits).numpy().view(np.float32), halves.view(np.float16).astype(np.float32))
+    assert_same_numbers(
+        convert("fp16 to float", bits).numpy().view(np.float32), halves.view(np.float16).astype(np.float32)
+    )
     shifted = (halves.astype(np.uint32) << 16).view(np.float32)
     assert_same_numbers(convert("bf16 to float", bits).numpy().view(np.float32), shifted)
 
