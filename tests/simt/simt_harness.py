@@ -173,7 +173,7 @@ _processes: dict[Path, Process] = {}
 def call(
     op: str, *arguments: object, shift: dict[int, int] | None = None, apart: bool = False, **settings: int
 ) -> Answer:
-    """Call ``op`` ("namespace::name"). Every tensor among ``arguments`` is copied into a block of exactly its extent, so
+    """Call ``op``, "namespace::name". Every tensor among ``arguments`` is copied into a block of exactly its extent, so
     that the sanitizer sees every access past its end.
 
     Args:
