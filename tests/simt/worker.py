@@ -24,7 +24,7 @@ DEFAULTS = {
 
 def main(library: str) -> None:
     answers = os.fdopen(os.dup(1), "wb")
-    printed = tempfile.TemporaryFile()
+    printed = tempfile.TemporaryFile()  # noqa: SIM115
     os.dup2(printed.fileno(), 1)
     torch.ops.load_library(library)
     while True:
