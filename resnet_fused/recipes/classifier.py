@@ -159,7 +159,7 @@ def _registered(name: str, classes: int, tensors: Mapping[str, Tensor], path: Pa
         raise CheckpointError(f"{path}: {error}; another model must be named, and this file as its weights") from error
     except Exception:  # a builder that needs its numbers
         return models.load(name, registered=True)
-    transfer.load_tensors(sketch, tensors, path, transfer.fit_head(sketch, classes))
+    transfer.fitting(sketch, tensors, path, transfer.fit_head(sketch, classes))
     return models.load(name, registered=True)
 
 

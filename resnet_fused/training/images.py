@@ -20,7 +20,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # others start p
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 25 * 10**6  # a camera's 6000x4000, 100 MB when decoded
-MAX_PIXELS_SLOW = 10**6  # in the formats that Pillow decodes in Python
+MAX_PIXELS_SLOW = 4 * 10**5  # in the formats that Pillow decodes in Python
 MAX_ASPECT = 32  # a transform scales the short side to its size, so the long side can become this many times that
 MAX_SCANS = 100  # of a progressive JPEG, each of which passes over the whole image
 
@@ -75,7 +75,7 @@ def decode(data: bytes) -> Image.Image:
             return rgb if turn is None else rgb.transpose(turn)
     except ImageError:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(f"the image is too large: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"cannot be read as an image: need one of {', '.join(FORMATS)}") from error

@@ -65,6 +65,20 @@ def load_weights(model: nn.Module, path: Path, head: str) -> bool:
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, head: str) -> bool:
     """:func:`load_weights` with the tensors that were read from ``path`` already."""
+    weights, fits = fitting(model, tensors, path, head)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # types and layouts that cannot be copied
+        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {error}") from error
+    return fits
+
+
+def fitting(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, head: str) -> tuple[dict[str, Tensor], bool]:
+    """The state_dict for ``model`` that :func:`load_tensors` would load, and whether the head is among it.
+
+    Raises:
+        CheckpointError: anything but the head does not fit.
+    """
     weights = dict(tensors)
     own = model.state_dict()
     heads = [name for name in own if name.startswith(f"{head}.")]
@@ -83,11 +97,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, he
     ]  # fmt: skip
     if problems:
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: it {'; it '.join(problems)}")
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:  # types and layouts that cannot be copied
-        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {error}") from error
-    return fits
+    return weights, fits
 
 
 def freeze_until(model: nn.Module, name: str) -> list[nn.Module]:
