@@ -46,9 +46,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
     unfinished = path.with_name(path.name + _UNFINISHED)
     kept = dict(metadata)
-    for key in (STATE, FACTS):
-        if key in metadata:
-            kept[_CHECKSUM] = _checksum(tensors, metadata[key])
+    if STATE in kept:
+        kept[_CHECKSUM] = _checksum(tensors, kept[STATE])
+    elif FACTS in kept:  # in the same entry, as the order of several is random and equal weights make equal files
+        kept[FACTS] = f"{_checksum(tensors, kept[FACTS])} {kept[FACTS]}"
     try:
         save_file(dict(tensors), unfinished, kept)
         _sync(unfinished)
@@ -117,8 +118,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata: dict[str, str] = file.metadata() or {}
-        ours = next((key for key in (STATE, FACTS) if key in metadata), None)
-        sound = ours is None or metadata.get(_CHECKSUM) == _checksum(tensors, metadata[ours])
+        found, text = metadata.get(_CHECKSUM), metadata.get(STATE)
+        if text is None and FACTS in metadata:
+            found, _, text = metadata[FACTS].partition(" ")
+            metadata = metadata | {FACTS: text}
+        sound = found is None or text is None or found == _checksum(tensors, text)
     except CheckpointError:
         raise
     except OSError as error:
@@ -127,9 +131,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # safetensors and torch raise a dozen kinds for types and shapes that they do not know
         raise CheckpointError(f"{path}: is corrupt or truncated: {error}") from error
-    if ours is not None and _CHECKSUM not in metadata and ours == FACTS:
+    if found is not None and found.startswith("{"):
         raise CheckpointError(f"{path}: has no checksum: it is corrupt, or an earlier version wrote it; train anew")
-    if not sound and _CHECKSUM in metadata:
+    if not sound:
         raise CheckpointError(f"{path}: is corrupt: its checksum is not that of its contents")
     return tensors, metadata
 
