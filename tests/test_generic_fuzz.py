@@ -154,7 +154,9 @@ def check(seed):
                 (left, wanted), (ours, got) = outcome(eager, module, x, seed), outcome(fused, module, x, seed)
             assert ours == left, (seed, change, ours, left, text)
             for a, b in zip(got, wanted, strict=True):
-                torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4, msg=lambda m, c=change: f"{seed} {c}\n{m}\n{text}")
+                torch.testing.assert_close(
+                    a, b, rtol=2e-3, atol=2e-4, msg=lambda m, c=change: f"{seed} {c}\n{m}\n{text}"
+                )
         return any(e.status == "fused" for e in rf.report(fused))
     finally:
         del sys.modules[module.__name__]

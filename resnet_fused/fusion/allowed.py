@@ -50,6 +50,11 @@ def _code(function: Any) -> CodeType | None:
     return getattr(inspect.unwrap(function), "__code__", None) or getattr(function, "__code__", None)
 
 
+def named(value: Any) -> bool:
+    """Whether a forward may name this callable of a module of torch's or Python's: those for dtypes, types and so on."""
+    return isinstance(value, type) or builtin_call(value) or (_code(value) in codes())
+
+
 def library_call(code: CodeType, module: str) -> bool:
     """Whether a forward may call this function of torch or of Python's library."""
     return code in codes() or any(module == m or module.startswith(f"{m}.") for m in _MODULES) or (

@@ -67,7 +67,9 @@ def generic_entries(
             conv = None if chain.conv is None else find(module, chain.conv)
             reason = item.reason or stale
             if reason is None and chain.name not in planned:
-                asked = backend is not None and (filter_fn is None or filter_fn(label, module if conv is None else conv))
+                asked = backend is not None and (
+                    filter_fn is None or filter_fn(label, module if conv is None else conv)
+                )
                 reason = None if asked else NOT_FUSED
             if reason is None:
                 entry = FusionEntry(label, chain.kind, FUSED, chain.note, _backend(module, chain, by))

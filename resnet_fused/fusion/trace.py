@@ -165,7 +165,21 @@ def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
     return record
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+):
     setattr(_Value, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
@@ -323,6 +337,8 @@ class _Seen:
             self.globals[id(space), argument] = Rebindable(space, argument, value)
             if isinstance(value, ModuleType) and value.__name__ not in _MODULES:
                 raise Untraceable(f"{code.co_name} uses {value.__name__}")
+            if isinstance(owner, ModuleType) and callable(value) and not allowed.named(value):
+                raise Untraceable(f"{code.co_name} uses {argument}")
             if isinstance(value, FunctionType):
                 self._follow(value)
             owner = value
