@@ -396,9 +396,12 @@ def _watching(module: nn.Module) -> Iterator[_Seen]:
             raise Untraceable(f"its forward runs a part of itself through {name}")
         if not _quiet(frame) and not _in_library(frame.f_back):  # Python's import hooks are nobody's forward
             seen.call(frame)
-        elif frame.f_back is not None and frame.f_back.f_code in seen.allowed:
-            if not allowed.library_call(frame.f_code, name):
-                raise Untraceable(f"its forward calls {frame.f_code.co_name} of {name}")
+        elif (
+            frame.f_back is not None
+            and frame.f_back.f_code in seen.allowed
+            and not allowed.library_call(frame.f_code, name)
+        ):
+            raise Untraceable(f"its forward calls {frame.f_code.co_name} of {name}")
 
     nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign,assignment]
     nn.Module.__getattr__ = getattr_  # type: ignore[method-assign]
