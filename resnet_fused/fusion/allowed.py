@@ -50,9 +50,9 @@ def codes() -> frozenset[CodeType]:
 def _code(function: Any) -> CodeType | None:
     return getattr(inspect.unwrap(function), "__code__", None) or getattr(function, "__code__", None)
 
-    return frozenset(
-        found | {code for f in (*more, type(nn.Parameter).__instancecheck__) if (code := _code(f)) is not None}
-    )
+
+def named(value: Any) -> bool:
+    """Whether a forward may name this callable, which it finds in a module of torch or of Python."""
     return isinstance(value, type) or builtin_call(value) or (_code(value) in codes())
 
 
