@@ -12,7 +12,6 @@ import types
 import hypothesis
 import pytest
 import torch
-from torch import nn
 
 import resnet_fused as rf
 from resnet_fused.testing.networks import randomise_norms
@@ -72,7 +71,8 @@ PLAIN = [
     "{o} = self.act(self.n0(self.c0({a})))", "{o} = F.relu(self.n1(self.c1({a})) + {b})",
     "{o} = self.act_(self.n2(self.c2({a})) + {b})", "{o} = self.act({a})", "{o} = self.act_({a})", "{o} = F.relu({a})",
     "{o} = torch.relu({a})", "{o} = {a}.relu_()", "{o} = F.relu({a}, inplace=True)", "{o} = {a} + {b}",
-    "{o} = torch.relu({a} + {b})", "{a} += {b}", "{a} -= 0.5", "{a} *= 1.5", "{a} /= 2", "{a} += {b}; {o} = F.relu({a})",
+    "{o} = torch.relu({a} + {b})", "{a} += {b}", "{a} -= 0.5", "{a} *= 1.5", "{a} /= 2",
+    "{a} += {b}; {o} = F.relu({a})",
     "{o} = {a}", "{o} = {a}.clone()", "{a}[:, 0] = 0", "{a}[:, 1] += 1", "v = {a}[:, :2]; v += 1",
     "v = {a}.reshape(-1); v += 1", "v = {a}.view(-1) if {a} is not None else 0; {o} = {a} * v.mean()",
     "{a}.add_({b})", "{o} = {a}.add({b})", "{o} = torch.add({a}, {b}, alpha=2)", "{a}.data.mul_(0.5)",

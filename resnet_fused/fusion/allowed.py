@@ -32,7 +32,7 @@ def functions() -> frozenset[Any]:
     """The functions of torch that may be called: what computes with the tensors that it is given."""
     found = {f for fs in get_overridable_functions().values() for f in fs if callable(f)}
     named = {getattr(m, n, None) for m in (torch, F) for n in (*_MAKERS, *_LIKE, *_IN_PLACE, "hardswish", "elu_")}
-    return frozenset(found | {f for f in named if f is not None} | {F.leaky_relu_, F.selu_, F.celu_, F.threshold_})
+    return frozenset(found | {f for f in named if f is not None} | {F.leaky_relu_, F.selu_, F.celu_})
 
 
 @functools.cache
@@ -41,7 +41,8 @@ def codes() -> frozenset[CodeType]:
     found = {code for f in functions() if (code := _code(f)) is not None}
     for cls in _CONTAINERS:
         found |= {code for name in _READS if (code := _code(getattr(cls, name, None))) is not None}
-    more = (nn.Sequential.forward, nn.Module.children, nn.Module.named_children, torch.jit.is_scripting)
+    scripting: Any = torch.jit
+    more = (nn.Sequential.forward, nn.Module.children, nn.Module.named_children, scripting.is_scripting)
     instance_checks = (type(nn.Parameter).__instancecheck__,)
     return frozenset(found | {code for f in (*more, *instance_checks) if (code := _code(f)) is not None})
 
@@ -51,7 +52,7 @@ def _code(function: Any) -> CodeType | None:
 
 
 def named(value: Any) -> bool:
-    """Whether a forward may name this callable of a module of torch's or Python's: those for dtypes, types and so on."""
+    """Whether a forward may name this callable, which it finds in a module of torch or of Python."""
     return isinstance(value, type) or builtin_call(value) or (_code(value) in codes())
 
 

@@ -327,15 +327,26 @@ _FRESH = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.AvgPool2d, nn.MaxPool2d)
 
 
 _VIEWS = {"view", "as_strided", "stride", "storage_offset", "data_ptr", "storage", "untyped_storage", "set_", "unfold"}
+# They draw their numbers in the order of memory.
+_RANDOM = {"rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_", "uniform_", "normal_", "random_"} | {
+    "dropout", "dropout_", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "rrelu",
+    "exponential_", "cauchy_", "log_normal_", "geometric_", "gumbel_softmax",
+}  # fmt: skip
 _MAY_COPY = {"reshape", "flatten", "contiguous", "ravel", "reshape_as", "unflatten"}
 
 
 def _format_matters(module: nn.Module, graph: fx.Graph) -> bool:
-    """Whether strides may decide what a forward does: views fail, and views that become copies are written apart."""
+    """Whether strides may decide what a forward does: views fail, and views that become copies are written apart.
+
+    Random numbers come in the order of memory too.
+    """
     names = {str(getattr(n.target, "__name__", n.target)) for n in graph.nodes if n.op.startswith("call_")}
     calls = [n for n in graph.nodes if n.op == "call_module"]
+    names |= {
+        "rand_like" for n in calls if isinstance(module.get_submodule(str(n.target)), nn.modules.dropout._DropoutNd)
+    }
     names |= {"flatten" for n in calls if isinstance(module.get_submodule(str(n.target)), nn.Flatten)}
-    if names & _VIEWS:
+    if names & (_VIEWS | _RANDOM):
         return True
     writes = any(name.endswith("_") and not name.endswith("__") for name in names) or names & _WRITES
     return bool(writes and names & _MAY_COPY)

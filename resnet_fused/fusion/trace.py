@@ -91,7 +91,7 @@ def trace(module: nn.Module, expand: frozenset[str] = frozenset()) -> tuple[Trac
     forward = own_forward(module)
     if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
         raise Untraceable("its forward is decorated or no plain function")
-    if original_class(module) is not None and forward is not type(module)._rf_original_forward:
+    if original_class(module) is not None and forward is not vars(type(module)).get("_rf_original_forward", forward):
         raise Untraceable("its forward was replaced since it was fused")
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters):
@@ -306,7 +306,7 @@ class _Seen:
     def method(self, frame: Any) -> None:
         """Note which attribute of a module's class the function is that is about to run."""
         code = frame.f_code
-        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        owner: Any = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if not issubclass(type(owner), nn.Module) or code.co_name == "<lambda>":  # no isinstance: a value answers it
             return
         if code.co_name == "__call__":
@@ -324,6 +324,7 @@ class _Seen:
     def names(self, code: CodeType, globals_: dict[str, Any]) -> None:
         """Note what the names in ``code`` stand for: someone may bind them anew."""
         owner: Any = None
+        space: Any
         for instruction in dis.get_instructions(code):
             name, argument = instruction.opname, instruction.argval
             if name in ("LOAD_GLOBAL", "LOAD_NAME"):
@@ -395,9 +396,12 @@ def _watching(module: nn.Module) -> Iterator[_Seen]:
             raise Untraceable(f"its forward runs a part of itself through {name}")
         if not _quiet(frame) and not _in_library(frame.f_back):  # Python's import hooks are nobody's forward
             seen.call(frame)
-        elif frame.f_back is not None and frame.f_back.f_code in seen.allowed:
-            if not allowed.library_call(frame.f_code, name):
-                raise Untraceable(f"its forward calls {frame.f_code.co_name} of {name}")
+        elif (
+            frame.f_back is not None
+            and frame.f_back.f_code in seen.allowed
+            and not allowed.library_call(frame.f_code, name)
+        ):
+            raise Untraceable(f"its forward calls {frame.f_code.co_name} of {name}")
 
     nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign,assignment]
     nn.Module.__getattr__ = getattr_  # type: ignore[method-assign]

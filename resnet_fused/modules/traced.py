@@ -181,7 +181,7 @@ def _arguments(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 
 def _tracing() -> bool:
     """Whether torch.jit.trace is writing down one run, which a later change of mode must not find in it."""
-    return torch.jit.is_tracing() and not torch.compiler.is_compiling()  # type: ignore[no-untyped-call]
+    return torch.jit.is_tracing() and not torch.compiler.is_compiling()  # type: ignore[attr-defined,no-untyped-call]
 
 
 def conv_norm_act(
