@@ -58,6 +58,8 @@ def analyse(module: nn.Module, backend: str = backends.AUTO, wanted: Any = None)
         expand = _expandable(module, traces[0].graph)
         if expand:
             traces = trace(module, expand)
+        if any(_writes_argument(node) for traced in traces for node in traced.graph.nodes):
+            raise Untraceable("its forward writes to an argument, where the caller would see another rounding")
     except Untraceable as error:
         return Analysis(_might_have_been(module, str(error)))
     found: dict[str, Found] = {}
@@ -126,6 +128,18 @@ def _is_add(node: Any) -> bool:
     if not all(isinstance(a, fx.Node) for a in node.args):
         return False
     return node.target in (_ADDS if node.op == "call_function" else ("add", "add_") if node.op == "call_method" else ())
+
+
+def _writes_argument(node: fx.Node) -> bool:
+    """Whether an operation in place has an argument of the forward on its left."""
+    name = str(getattr(node.target, "__name__", node.target))
+    written = node.args[0] if node.op in ("call_function", "call_method") and node.args else None
+    return isinstance(written, fx.Node) and written.op == "placeholder" and _writes(name)
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of this name writes to its first argument."""
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
 def _adds_in_place(node: fx.Node) -> bool:
@@ -348,8 +362,7 @@ def _format_matters(module: nn.Module, graph: fx.Graph) -> bool:
     names |= {"flatten" for n in calls if isinstance(module.get_submodule(str(n.target)), nn.Flatten)}
     if names & (_VIEWS | _RANDOM):
         return True
-    writes = any(name.endswith("_") and not name.endswith("__") for name in names) or names & _WRITES
-    return bool(writes and names & _MAY_COPY)
+    return any(map(_writes, names)) and bool(names & _MAY_COPY)
 
 
 _WRITES = {"setitem"} | {f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
