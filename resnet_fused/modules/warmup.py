@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.ops import packed
+
 
 def warmup(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Run ``model(*args, **kwargs)`` once, for what is kept of it: compiled kernels, packed weights, memory.
