@@ -1,10 +1,16 @@
-"""Files that are replaced as a whole."""
+"""Files that are replaced as a whole, and files that may hold anything, read within bounds."""
 
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
+
+
+class FileError(ValueError):
+    """What the path names is not read: it is no regular file, or has too many bytes. The message says which."""
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -25,3 +31,32 @@ def replace(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def opened(path: Path) -> BinaryIO:
+    """A regular file, open to be read. A pipe or a device in its place neither blocks nor feeds the reader.
+
+    Raises:
+        OSError: the file cannot be opened.
+        FileError: it is no regular file.
+    """
+    # Without O_NONBLOCK a pipe without a writer would block here.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise FileError("is no regular file")
+    return os.fdopen(handle, "rb")
+
+
+def read(path: Path, limit: int) -> bytes:
+    """All bytes of a regular file that has at most ``limit``.
+
+    Raises:
+        OSError: the file cannot be read.
+        FileError: it is no regular file, or has more bytes.
+    """
+    with opened(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise FileError(f"has more than {limit / 2**20:g} MiB")
+    return data

@@ -182,7 +182,7 @@ def train(args: argparse.Namespace, recipe: Recipe, world: World, device: torch.
     if world.first:
         kind = DIGITS if args.data == DIGITS else "images"
         facts = json.dumps({"model": args.model, "size": size, "classes": data.classes, "data": kind})
-        checkpoint.write(args.out / WEIGHTS, checkpoint.packed(model.state_dict()), {"resnet_fused": facts})
+        checkpoint.write(args.out / WEIGHTS, checkpoint.packed(model.state_dict()), {checkpoint.FACTS: facts})
     final = compare(trainer, model.to(device).eval())
     if world.first:
         tell(args, trainer, final, out, time.perf_counter() - begun)

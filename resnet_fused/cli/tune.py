@@ -20,6 +20,7 @@ from resnet_fused.cli.common import (
     prepare,
     print_json,
 )
+from resnet_fused.tuning.table import check_writable
 from resnet_fused.tuning.tuner import Tuned, ship, table_path, tune
 from resnet_fused.tuning.verify import Comparison, verify
 
@@ -61,7 +62,13 @@ def run(args: argparse.Namespace) -> int:
         ratios = ", ".join(f"{ratio:.2f}" for ratio in result.ratios)
         out.print(f"{done}/{total} {result.key}: {result.choice}, {ratios}x the faster eager", markup=False)
 
-    path = table_path(x.device)
+    try:
+        path = table_path(x.device)
+        for written in (path, args.ship):
+            if written is not None:
+                check_writable(written)
+    except OSError as error:
+        raise UserError(f"the table cannot be written: {error}") from error
     comparisons: list[Comparison] = []
     measuring: dict[str, Any] = {"repeats": args.repeats, "max_seconds": args.seconds}
     try:

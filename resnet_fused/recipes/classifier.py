@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import io
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -17,10 +15,12 @@ from torch import Tensor, nn
 import resnet_fused
 from resnet_fused.testing import models
 from resnet_fused.testing.torchvision_compat import import_torchvision
-from resnet_fused.training import checkpoint, transfer
+from resnet_fused.training import checkpoint, images, transfer
 from resnet_fused.training.data import DIGITS, evaluation_transform
 from resnet_fused.training.errors import CheckpointError
 from resnet_fused.training.loop import logits_of
+
+MAX_SIZE = 2048  # of the images that a trained file may ask for
 
 import_torchvision()  # before another process unpickles anything of it: beside a CPU-only torch it needs help
 
@@ -35,13 +35,17 @@ class Decoder:
         """The input.
 
         Raises:
-            ValueError: ``data`` is no image that can be read whole.
+            ImageError: ``data`` is no image that :func:`resnet_fused.training.images.decode` takes: a ValueError.
         """
-        try:
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
-            raise ValueError(f"cannot be read as an image: {error}") from error
-        return self.transform(image)
+        return self.transform(images.decode(data))
+
+    def file(self, path: Path) -> Tensor:
+        """The input from the image in a file.
+
+        Raises:
+            ImageError: it is none that :func:`resnet_fused.training.images.read` takes: a ValueError.
+        """
+        return self.transform(images.read(path))
 
     def blank(self) -> Tensor:
         """The input from a black image."""
@@ -84,7 +88,8 @@ def load(model: str, weights: str | None = None) -> Classifier:
 
     Args:
         model: ``torchvision:NAME``, ``timm:NAME`` or another form that ``resnet-fused check`` takes; or the
-            ``model.safetensors`` that ``resnet-fused train`` wrote, which holds everything.
+            ``model.safetensors`` that ``resnet-fused train`` wrote, which holds everything. A file runs no code: where
+            it was trained as ``package.module:callable``, give that as ``model`` and the file as ``weights``.
         weights: a file (safetensors, or a state_dict by ``torch.save``); or the name of weights that torchvision or
             timm downloads (``DEFAULT``; torchvision: ``IMAGENET1K_V1``, …). Not with a trained file.
 
@@ -93,10 +98,14 @@ def load(model: str, weights: str | None = None) -> Classifier:
         CheckpointError: a file cannot be read or does not fit.
     """
     if model.endswith(".safetensors"):
-        return _trained(Path(model))
+        return cast(Classifier, _trained(Path(model)))
     if weights is None:
         raise models.ModelError(f"{model}: need weights, a file or the name of some to download")
     source, _, name = model.partition(":")
+    if name and source not in ("torchvision", "timm") and weights.endswith(".safetensors"):
+        trained = _trained(Path(weights), named=model)
+        if trained is not None:
+            return trained
     if Path(weights).suffix:
         network = models.load(model)
         _load_weights(network, Path(weights))
@@ -116,18 +125,42 @@ def load(model: str, weights: str | None = None) -> Classifier:
     return Classifier(network, Decoder(evaluation_transform(size, channels)), _numbers(network))
 
 
-def _trained(path: Path) -> Classifier:
-    metadata = checkpoint.read(path)[1]
-    if "resnet_fused" not in metadata:
+def _trained(path: Path, named: str | None = None) -> Classifier | None:
+    """The classifier in a file that ``resnet-fused train`` wrote; None where ``named`` is not what was trained there.
+
+    Nobody need trust the file: it may name a registered model and no code, which ``named`` alone may do.
+    """
+    tensors, metadata = checkpoint.read(path)
+    if checkpoint.FACTS not in metadata and named is None:
         raise CheckpointError(f"{path}: was not written by resnet-fused train; name its model, and this as its weights")
-    facts = json.loads(metadata["resnet_fused"])
+    facts = checkpoint.mapping(path, metadata.get(checkpoint.FACTS, "{}"))
+    name, size, classes = (facts.get(key) for key in ("model", "size", "classes"))
+    if named is not None and name != named:
+        return None
     if facts.get("data") == DIGITS:
         raise CheckpointError(f"{path}: has learnt scikit-learn's digits, not image files")
-    model = models.load(facts["model"])
-    transfer.fit_head(model, len(facts["classes"]))
-    _load_weights(model, path)
-    channels = models.input_shape(facts["model"], model)[0]
-    return Classifier(model.eval(), Decoder(evaluation_transform(facts["size"], channels)), facts["classes"])
+    if not isinstance(name, str) or type(size) is not int or not 1 <= size <= MAX_SIZE:
+        raise CheckpointError(f"{path}: its metadata is damaged: need a model's name, and a size from 1 to {MAX_SIZE}")
+    if not isinstance(classes, list) or not classes or not all(isinstance(one, str) for one in classes):
+        raise CheckpointError(f"{path}: its metadata is damaged: need the names of the classes")
+    model = models.load(name) if named else _registered(name, len(classes), tensors, path)
+    if not transfer.load_tensors(model, tensors, path, transfer.fit_head(model, len(classes))):
+        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: its last layer has another shape")
+    channels = models.input_shape(name, model)[0]
+    return Classifier(model.eval(), Decoder(evaluation_transform(size, channels)), classes)
+
+
+def _registered(name: str, classes: int, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """The model of that name, made once a sketch of it without memory has shown that the file holds its tensors."""
+    try:
+        with torch.device("meta"):
+            sketch = models.load(name, registered=True)
+    except models.ModelError as error:
+        raise CheckpointError(f"{path}: {error}; another model must be named, and this file as its weights") from error
+    except Exception:  # a builder that needs its numbers
+        return models.load(name, registered=True)
+    transfer.fitting(sketch, tensors, path, transfer.fit_head(sketch, classes))
+    return models.load(name, registered=True)
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

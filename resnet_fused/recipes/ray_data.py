@@ -1,7 +1,7 @@
 """Classify a folder of images with Ray Data: ``python -m resnet_fused.recipes.ray_data FOLDER --model …``.
 
 Batches of decoded images go to actors, each with one fused model, warmed up once. Where there are GPUs an actor has one
-of them, else its share of the CPUs. A broken image is named in the result and stops nothing.
+of them, else its share of the CPUs. An image that is broken or too large is named in the result and stops nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,11 @@ from resnet_fused.cli.common import positive
 from resnet_fused.recipes.classifier import Classifier, Predictor, load
 from resnet_fused.testing.models import FORMS, ModelError
 from resnet_fused.training.errors import DataError, TrainingError
-
-IMAGES = ["jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm"]
+from resnet_fused.training.images import EXTENSIONS
 
 
 class Decode:
-    """From a file's path and bytes to its name in the folder, the model's input and, should it be broken, why."""
+    """From a file's path to its name in the folder, the model's input and, should it be broken, why."""
 
     def __init__(self, classifier: Classifier, folder: str) -> None:
         self.decode, self.folder, self.blank = classifier.decode, folder, classifier.decode.blank().numpy()
@@ -34,7 +34,7 @@ class Decode:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         file = os.path.relpath(row["path"], self.folder)
         try:
-            return {"file": file, "image": self.decode(row["bytes"]).numpy(), "error": ""}
+            return {"file": file, "image": self.decode.file(Path(row["path"])).numpy(), "error": ""}
         except ValueError as error:
             return {"file": file, "image": self.blank, "error": str(error)}
 
@@ -70,17 +70,24 @@ def classify(folder: str, classifier: Classifier, *, batch: int = 32, actors: in
         DataError: there is no image.
     """
     folder = os.path.abspath(folder)
-    if not any(name.rpartition(".")[2].lower() in IMAGES for _, _, names in os.walk(folder) for name in names):
-        raise DataError(f"{folder}: no image there; need files ending in {', '.join(IMAGES)}")
+    files = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
+    paths = [{"path": path} for path in files if path.lower().endswith(EXTENSIONS)]
+    if not paths:
+        raise DataError(f"{folder}: no image there; need files ending in {', '.join(EXTENSIONS)}")
     there = ray.cluster_resources()
     own: dict[str, Any] = {"num_gpus": 1} if "GPU" in there else {"num_cpus": max(1, there["CPU"] // actors - 1)}
-    images = ray.data.read_binary_files(folder, include_paths=True, file_extensions=IMAGES)
-    found = images.map(Decode(classifier, folder)).map_batches(
-        Classify,
-        fn_constructor_args=(classifier, batch),
-        batch_size=batch,
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        **own,
+    found = (
+        ray.data.from_items(paths)
+        .map(  # not Ray's own reading, which has no bounds
+            Decode(classifier, folder)
+        )
+        .map_batches(
+            Classify,
+            fn_constructor_args=(classifier, batch),
+            batch_size=batch,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            **own,
+        )
     )
     return found.to_pandas().sort_values("file", ignore_index=True)
 

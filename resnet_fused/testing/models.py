@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -19,6 +20,7 @@ BUILDERS = (
     *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
 )
 CIFAR_BUILDERS = BUILDERS[-5:]
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)?")  # timm's names may have one tag behind a dot
 FORMS = "a builder (resnet50), torchvision:NAME, timm:NAME or package.module:callable"
 
 
@@ -26,12 +28,14 @@ class ModelError(ValueError):
     """No model can be made from this specification; the message says why, and what would do."""
 
 
-def load(spec: str) -> nn.Module:
+def load(spec: str, *, registered: bool = False) -> nn.Module:
     """The model that ``spec`` names, in eval mode, with its builder's own random weights (nothing is downloaded).
 
     Args:
         spec: one of our builders (``resnet50``), ``torchvision:NAME``, ``timm:NAME``, or
             ``package.module:callable``: a callable without arguments that returns a module, or a module.
+        registered: refuse the last form, and whatever is no plain name in the registry of its package. For names that
+            do not come from the user but from a file: nothing is imported or downloaded that the file chooses.
 
     Raises:
         ModelError: the form or the name is unknown, a package is missing, or the callable fails.
@@ -41,6 +45,8 @@ def load(spec: str) -> nn.Module:
         return _ours(spec).eval()
     if not source or not name:
         raise ModelError(f"model {spec!r}: need {FORMS}")
+    if registered and (source not in ("torchvision", "timm") or not _PLAIN.fullmatch(name) or "__" in name):
+        raise ModelError(f"model {spec[:200]!r}: a file may name one of our builders, torchvision:NAME or timm:NAME")
     if source == "torchvision":
         return _torchvision(name).eval()
     if source == "timm":

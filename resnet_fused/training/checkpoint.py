@@ -1,4 +1,5 @@
-"""Checkpoints as safetensors: written whole or not at all, and read only when every byte is what was written."""
+"""Checkpoints and weights as safetensors: written whole or not at all, and read only when every byte is what was
+written."""
 
 from __future__ import annotations
 
@@ -14,10 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from resnet_fused import files
 from resnet_fused.training.errors import CheckpointError
 
 _NAME = re.compile(r"checkpoint-(\d{8,})\.safetensors")
 _UNFINISHED = ".unfinished"
+_MAX_HEADER = 8 * 2**20  # bytes: names, shapes and metadata of tens of thousands of tensors and classes
+STATE = "state"  # in the metadata: what a checkpoint holds besides tensors
+FACTS = "resnet_fused"  # in the metadata of trained weights: the model, its classes and the size of its images
+_CHECKSUM = "checksum"
 
 
 class Checkpoint(NamedTuple):
@@ -30,6 +36,8 @@ class Checkpoint(NamedTuple):
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file so that ``path`` holds, at any moment, what it held before or all of the new file.
 
+    Where ``metadata`` has ``STATE`` or ``FACTS``, a checksum is added, which :func:`read` compares.
+
     Raises:
         CheckpointError: it cannot be written; what was there before is untouched.
     """
@@ -37,8 +45,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     from safetensors.torch import save_file
 
     unfinished = path.with_name(path.name + _UNFINISHED)
+    kept = dict(metadata)
+    if STATE in kept:
+        kept[_CHECKSUM] = _checksum(tensors, kept[STATE])
+    elif FACTS in kept:  # in the same entry, as the order of several is random and equal weights make equal files
+        kept[FACTS] = f"{_checksum(tensors, kept[FACTS])} {kept[FACTS]}"
     try:
-        save_file(dict(tensors), unfinished, dict(metadata))
+        save_file(dict(tensors), unfinished, kept)
         _sync(unfinished)
         os.replace(unfinished, path)
         _sync(path.parent)
@@ -54,9 +67,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: see :func:`write`.
     """
-    tensors = packed(checkpoint.tensors)
-    text = json.dumps(checkpoint.state)
-    write(path, tensors, {"state": text, "checksum": _checksum(tensors, text)})
+    write(path, packed(checkpoint.tensors), {STATE: json.dumps(checkpoint.state)})
 
 
 def packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -71,27 +82,60 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: it cannot be read, is truncated, is no checkpoint, or some byte is not what was written.
     """
     tensors, metadata = read(path)
-    if "state" not in metadata or "checksum" not in metadata:
+    if STATE not in metadata or _CHECKSUM not in metadata:
         raise CheckpointError(f"{path}: is no checkpoint of a training run")
-    if metadata["checksum"] != _checksum(tensors, metadata["state"]):
-        raise CheckpointError(f"{path}: is corrupt: its checksum is not that of its contents")
-    return Checkpoint(tensors, json.loads(metadata["state"]))
+    return Checkpoint(tensors, mapping(path, metadata[STATE]))
+
+
+def mapping(path: Path, text: str) -> dict[str, Any]:
+    """The JSON object in the metadata of the file ``path``.
+
+    Raises:
+        CheckpointError: ``text`` is none.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its metadata is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: its metadata is a {type(value).__name__}, need a JSON object")
+    return value
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata.
+    """All tensors of a safetensors file, and its metadata. What this package wrote is compared with its checksum.
 
     Raises:
-        CheckpointError: it cannot be read or is truncated.
+        CheckpointError: it cannot be read, is no regular file, is truncated, or some byte is not what was written.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
+        with files.opened(path) as start:
+            header = int.from_bytes(start.read(8), "little")
+        if header > _MAX_HEADER:
+            raise CheckpointError(f"{path}: is corrupt or truncated: its header has {header} bytes")
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError, UnicodeDecodeError) as error:
-        reason = error.strerror or str(error) if isinstance(error, OSError) else f"is corrupt or truncated: {error}"
-        raise CheckpointError(f"{path}: {reason}") from error
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata: dict[str, str] = file.metadata() or {}
+        found, text = metadata.get(_CHECKSUM), metadata.get(STATE)
+        if text is None and FACTS in metadata:
+            found, _, text = metadata[FACTS].partition(" ")
+            metadata = metadata | {FACTS: text}
+        sound = found is None or text is None or found == _checksum(tensors, text)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except files.FileError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # safetensors and torch raise a dozen kinds for types and shapes that they do not know
+        raise CheckpointError(f"{path}: is corrupt or truncated: {error}") from error
+    if found is not None and found.startswith("{"):
+        raise CheckpointError(f"{path}: has no checksum: it is corrupt, or an earlier version wrote it; train anew")
+    if not sound:
+        raise CheckpointError(f"{path}: is corrupt: its checksum is not that of its contents")
+    return tensors, metadata
 
 
 def path_of(folder: Path, step: int) -> Path:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from resnet_fused.training import images
 from resnet_fused.training.errors import DataError
 
 # What ImageNet models are fed: means and deviations of red, green and blue.
@@ -49,7 +50,7 @@ class TensorImages(Images):
 
 
 class ImageFiles(Images):
-    """Images in files. Reading one that is broken raises DataError, naming the file."""
+    """Images in files. One that is broken, or beyond the bounds of ``images``, raises DataError, naming the file."""
 
     def __init__(self, samples: Sequence[tuple[str, int]], transform: Transform) -> None:
         self.samples, self.transform = samples, transform
@@ -58,13 +59,11 @@ class ImageFiles(Images):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        from torchvision.datasets.folder import pil_loader
-
         path, label = self.samples[index]
         try:
-            image = pil_loader(path)
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
-            raise DataError(f"{path}: cannot be read as an image: {error}") from error
+            image = images.read(Path(path))
+        except images.ImageError as error:
+            raise DataError(f"{path}: {error}") from error
         return self.transform(image), label
 
 

@@ -193,8 +193,16 @@ class Trainer:
         """Go on where the run that made ``checkpoint`` was.
 
         Raises:
-            CheckpointError: that run had another recipe, data or model; the message names what differs, and ``source``.
+            CheckpointError: that run had another recipe, data or model, or what it kept is damaged; the message names
+                what differs, and ``source``.
         """
+        try:
+            self._restore(checkpoint, source)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{source}: holds no state of such a run that can be restored: {reason}") from error
+
+    def _restore(self, checkpoint: Checkpoint, source: str) -> None:
         theirs = checkpoint.state.get("identity", {})
         for key in (*self.identity, *theirs):
             was, now = theirs.get(key), self.identity.get(key)

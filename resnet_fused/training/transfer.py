@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+from resnet_fused import files
 from resnet_fused.training import checkpoint
 from resnet_fused.training.errors import CheckpointError, TrainingError
 
@@ -58,7 +60,26 @@ def load_weights(model: nn.Module, path: Path, head: str) -> bool:
     Raises:
         CheckpointError: the file cannot be read, or anything but the head does not fit; ``model`` is then unchanged.
     """
-    weights = _read(path)
+    return load_tensors(model, _read(path), path, head)
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, head: str) -> bool:
+    """:func:`load_weights` with the tensors that were read from ``path`` already."""
+    weights, fits = fitting(model, tensors, path, head)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # types and layouts that cannot be copied
+        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {error}") from error
+    return fits
+
+
+def fitting(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, head: str) -> tuple[dict[str, Tensor], bool]:
+    """The state_dict for ``model`` that :func:`load_tensors` would load, and whether the head is among it.
+
+    Raises:
+        CheckpointError: anything but the head does not fit.
+    """
+    weights = dict(tensors)
     own = model.state_dict()
     heads = [name for name in own if name.startswith(f"{head}.")]
     fits = all(name in weights and weights[name].shape == own[name].shape for name in heads)
@@ -76,8 +97,7 @@ def load_weights(model: nn.Module, path: Path, head: str) -> bool:
     ]  # fmt: skip
     if problems:
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: it {'; it '.join(problems)}")
-    model.load_state_dict(weights)
-    return fits
+    return weights, fits
 
 
 def freeze_until(model: nn.Module, name: str) -> list[nn.Module]:
@@ -108,12 +128,13 @@ def freeze_until(model: nn.Module, name: str) -> list[nn.Module]:
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         tensors, metadata = checkpoint.read(path)
-        if "checksum" in metadata:
-            tensors = checkpoint.load(path).tensors
+        if checkpoint.STATE in metadata:
             tensors = {n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)}
         return tensors
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with files.opened(path) as file:
+            _check_stored(file)
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # zipfile, pickle and torch raise a dozen kinds
@@ -127,6 +148,16 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path}: holds no state_dict")
     return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+
+def _check_stored(file: BinaryIO) -> None:
+    """Refuse an archive with compressed parts: a few bytes could become any number. ``torch.save`` compresses none."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            for part in archive.infolist():
+                if part.compress_type != zipfile.ZIP_STORED or part.file_size > part.compress_size:
+                    raise files.FileError(f"its part {part.filename[:100]!r} is compressed")
+    file.seek(0)
 
 
 def _listed(what: str, names: Iterable[str]) -> list[str]:

@@ -57,15 +57,26 @@ def device_alone(environment: dict[str, str]) -> dict[str, str]:
 
 
 def cache_directory() -> Path:
-    """``$RESNET_FUSED_CACHE``, else ``resnet_fused`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``."""
+    """``$RESNET_FUSED_CACHE``, else ``resnet_fused`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``.
+
+    Raises:
+        OSError: neither variable is set, and the user has no home directory.
+    """
     own = os.environ.get("RESNET_FUSED_CACHE")
     if own:
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fused"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fused"
+    except RuntimeError as error:
+        raise OSError(f"there is no cache directory: {error} Set RESNET_FUSED_CACHE to a directory.") from error
 
 
 def path_for(environment: dict[str, str]) -> Path:
-    """The user's own table for this environment."""
+    """The user's own table for this environment.
+
+    Raises:
+        OSError: see :func:`cache_directory`.
+    """
     digest = hashlib.sha256(repr(sorted(environment.items())).encode()).hexdigest()[:12]
     name = re.sub(r"[^A-Za-z0-9.]+", "-", environment["device"]).strip("-")
     return cache_directory() / "tuning" / f"{name}-{digest}.json"
@@ -74,7 +85,7 @@ def path_for(environment: dict[str, str]) -> Path:
 def cpu_name() -> str:
     """The CPU's model, or its architecture where the system does not tell."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
     found = re.search(r"model name\s*:\s*(.+)", text)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,9 @@ from resnet_fused import files
 
 FORMAT = "resnet_fused tuning table"
 VERSION = 1
+MAX_BYTES = 8 * 2**20  # of a file: tens of thousands of entries
+MAX_DEPTH = 8  # of the lists in a config
+MAX_MILLISECONDS = 1e12
 
 logger = logging.getLogger("resnet_fused")
 
@@ -41,39 +44,51 @@ def read(path: Path, environment: Mapping[str, str]) -> dict[str, Entry]:
     Every fact that the file is bound to must be as in ``environment``.
 
     Raises:
-        TableError: the file is corrupt or foreign.
+        TableError: the file is corrupt or foreign, no regular file, or larger than ``MAX_BYTES``.
+        OSError: it cannot be read.
     """
     try:
-        text = path.read_bytes()
+        text = files.read(path, MAX_BYTES)
     except FileNotFoundError:
         return {}
+    except files.FileError as error:
+        raise TableError(f"it {error}") from error
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TableError(f"no JSON: {error}") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise TableError(f"its format is not {FORMAT!r}")
     if value.get("version") != VERSION:
-        raise TableError(f"its version is {value.get('version')!r}, need {VERSION}")
+        raise TableError(f"its version is {repr(value.get('version'))[:200]}, need {VERSION}")
     bound, entries = value.get("environment"), value.get("entries")
     if not isinstance(bound, dict) or "device" not in bound or not isinstance(entries, dict):
         raise TableError("its environment or its entries are missing")
     for key, fact in bound.items():
         if environment.get(key) != fact:
-            raise TableError(f"it is for {key} {fact!r}, here is {environment.get(key)!r}")
+            raise TableError(f"it is for {key[:100]} {repr(fact)[:200]}, here is {environment.get(key)!r}")
     return {key: _entry(key, entry) for key, entry in entries.items()}
 
 
 def _entry(key: str, value: Any) -> Entry:
     times = value.get("milliseconds") if isinstance(value, dict) else None
-    sound = isinstance(times, dict) and all(isinstance(t, (int, float)) and math.isfinite(t) for t in times.values())
     if (
-        not sound
+        not isinstance(times, dict)
+        or not all(isinstance(time, (int, float)) and 0 <= time <= MAX_MILLISECONDS for time in times.values())
         or not isinstance(value.get("backend"), str)
+        or not _is_config(value.get("config"))
+        or (value["backend"] == "reference" and not isinstance(value.get("config"), (str, type(None))))
         or not {"backend", "config", "milliseconds"} >= set(value)
     ):
-        raise TableError(f"the entry of {key!r} is damaged")
-    return Entry(value["backend"], value.get("config"), value["milliseconds"])
+        raise TableError(f"the entry of {key[:200]!r} is damaged")
+    return Entry(value["backend"], value.get("config"), times)
+
+
+def _is_config(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, (list, dict)):
+        inner = value.values() if isinstance(value, dict) else value
+        return depth < MAX_DEPTH and all(_is_config(one, depth + 1) for one in inner)
+    return not isinstance(value, (int, float)) or abs(value) < 2**63
 
 
 def load(path: Path, environment: Mapping[str, str]) -> dict[str, Entry]:
@@ -91,6 +106,17 @@ def load(path: Path, environment: Mapping[str, str]) -> dict[str, Entry]:
     except OSError as error:
         logger.warning("the tuning table %s is ignored, and cannot be set aside: %s", path, error)
         return {}
+
+
+def check_writable(path: Path) -> None:
+    """See that a table can be written at ``path``, and write none.
+
+    Raises:
+        OSError: it cannot.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path), tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def merge(path: Path, environment: Mapping[str, str], entries: Mapping[str, Entry]) -> None:

@@ -97,6 +97,7 @@ def tune(
     device = next(iter(calls.values()))[1][0].device
     facts = environment.describe(device)
     path = environment.path_for(facts)
+    table.check_writable(path)  # now rather than after the first call was measured
     known = {} if fresh else table.load(path, facts)
     results = []
     try:

@@ -21,9 +21,9 @@ def config(mid: int, stride: int, capability: int) -> Config:
 
     The largest tile that does not spill, as compiled for 8.0, 9.0 and 10.0: with stride 1 that is 8x16 on 9.0, whose
     products read their operands from shared memory. Elsewhere 8x16 spills with 64 output channels at a time where mid
-    is 64, and with any where it is 128.
+    is 64, and with any where it is 128; on 10.0 a projection spills with 32 as well.
     """
-    if stride == 2 or (mid == 128 and capability // 10 != 9):
+    if stride == 2 or (mid == 128 and capability // 10 != 9) or capability >= 100:
         return Config((8, 8), 64)
     return Config((8, 16), 64 if capability // 10 == 9 else 32)
 
