@@ -164,8 +164,11 @@ def test_cleared_memory_is_free() -> None:
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["no_grad", "gradients"])
 def test_ever_new_sizes(recorded: bool) -> None:
-    """Each size of an image is as good as forgotten, in a process that knows as many as it keeps."""
-    model = rf.fuse(network("narrow"))
+    """Each size of an image is as good as forgotten, in a process that knows as many as it keeps.
+
+    By the compiled kernels: oneDNN has a cache of its own, of a thousand shapes, whoever calls it.
+    """
+    model = rf.fuse(network("basic"))
     sizes = [(8 + at % 28, 8 + at // 28) for at in range(28 * 30)]
 
     def step(at: int) -> None:
@@ -173,7 +176,7 @@ def test_ever_new_sizes(recorded: bool) -> None:
             model(torch.zeros(1, 3, *sizes[at]))
 
     grown = growth(step, 440, 400)
-    assert grown < 5 * MEGABYTE, f"{grown / MEGABYTE:.1f} MB over 440 sizes"
+    assert grown < 4 * MEGABYTE, f"{grown / MEGABYTE:.1f} MB over 440 sizes"
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "autocast"])
