@@ -162,31 +162,21 @@ def test_cleared_memory_is_free() -> None:
     assert len(tensors()) <= count
 
 
-def test_ever_new_sizes() -> None:
-    """Each size of an image is as good as forgotten: 2,000 of them in a process that knows some."""
+@pytest.mark.parametrize("recorded", [False, True], ids=["no_grad", "gradients"])
+def test_ever_new_sizes(recorded: bool) -> None:
+    """Each size of an image is as good as forgotten, in a process that knows as many as it keeps.
+
+    By the compiled kernels: oneDNN has a cache of its own, of a thousand shapes, whoever calls it.
+    """
     model = rf.fuse(network("basic"))
-    sizes = [(8 + at % 56, 8 + at // 56) for at in range(56 * 50)]
+    sizes = [(8 + at % 28, 8 + at // 28) for at in range(28 * 30)]
 
     def step(at: int) -> None:
-        predict(model, torch.zeros(1, 3, *sizes[at]))
+        with torch.set_grad_enabled(recorded):
+            model(torch.zeros(1, 3, *sizes[at]))
 
-    grown = growth(step, 2000, 300)
-    assert grown < 5 * MEGABYTE, f"{grown / MEGABYTE:.1f} MB over 2,000 sizes"
-
-
-def test_ever_new_sizes_observed() -> None:
-    """The same where gradients are recorded, and under autocast."""
-    model = rf.fuse(network("basic"))
-    sizes = [(8 + at % 24, 8 + at // 24) for at in range(24 * 24)]
-
-    def step(at: int) -> None:
-        x = torch.zeros(1, 3, *sizes[at])
-        model(x)
-        with torch.no_grad(), autocast():
-            model(x)
-
-    grown = growth(step, 200, 376)
-    assert grown < 3 * MEGABYTE, f"{grown / MEGABYTE:.1f} MB over 200 sizes"
+    grown = growth(step, 440, 400)
+    assert grown < 4 * MEGABYTE, f"{grown / MEGABYTE:.1f} MB over 440 sizes"
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "autocast"])

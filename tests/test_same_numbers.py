@@ -25,7 +25,7 @@ from ways_of_replacing import WAYS
 from ways_of_writing import moved, tensors
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-SEQUENCES, STEPS = (3000, 20) if NIGHTLY else (200, 8)
+SEQUENCES, STEPS = (3000, 20) if NIGHTLY else (200, 7)
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

@@ -299,6 +299,15 @@ def load_assigned_in_inference_mode(side: Side) -> None:
 
 
 @way
+def load_assigned_in_inference_mode_and_moved(side: Side) -> None:
+    """Parameters that count no versions though they are no inference tensors: their data is another's since."""
+    load_assigned_in_inference_mode(side)
+    side.model.to(memory_format=torch.channels_last)
+    for t in tensors(side.model):
+        t.data = moved(t)
+
+
+@way
 def load_mapped(side: Side) -> None:
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
         torch.save(_state(side), file.name)
