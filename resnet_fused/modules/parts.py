@@ -98,7 +98,8 @@ def feature_map(x: Tensor, convs: Iterable[ConvBN], channels_last: bool) -> Tens
     that is wanted and pays. Parameters keep theirs."""
     if not channels_last or x.dim() != 4:
         return x
-    if torch.is_grad_enabled() and x.device.type == "cpu" and (x.shape[0] > 1 or x.numel() > _SMALL):
+    eager = torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if eager and (x.shape[0] > 1 or x.numel() > _SMALL):
         trained = [c.weight for c in convs if c.weight.requires_grad]
         copied = sum(w.numel() for w in trained if not w.is_contiguous(memory_format=torch.channels_last))
         if copied > _COPIED * x.numel():
