@@ -12,6 +12,7 @@ import sys
 import traceback
 from typing import Any
 
+import optional
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -19,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import resnet_fused as rf
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-tv = import_torchvision().models.resnet
+tv = optional.torchvision().models.resnet
 STEPS = 3
 CASES = ("ddp", "ddp+activations", "sync", "sync+last_conv", "fsdp", "fsdp+last_conv")
 Batch = tuple[Tensor, Tensor]

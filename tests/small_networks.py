@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import optional
 import torch
 from torch import nn
 
 from resnet_fused.testing.networks import randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
 tv = torchvision.models.resnet
 
 CLASSES = 48

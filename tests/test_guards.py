@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optional
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -18,9 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import resnet_fused as rf
 from resnet_fused.modules import depth_first, guards
 from resnet_fused.testing.networks import randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-torchvision = import_torchvision()
+torchvision = optional.torchvision()
 tv = torchvision.models.resnet
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import optional
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,8 @@ from torch import Tensor, nn
 
 import resnet_fused as rf
 from resnet_fused.testing.networks import randomise_norms
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
-tv = import_torchvision().models.resnet
+tv = optional.torchvision().models.resnet
 
 
 class Residual(nn.Module):

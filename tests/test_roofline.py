@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import optional
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from resnet_fused import functional, roofline
 from resnet_fused.ops.convbn import ConvBN
 from resnet_fused.roofline import norm
-from resnet_fused.testing.torchvision_compat import import_torchvision
 
 H200, BF16 = roofline.H200, torch.bfloat16
 
@@ -97,7 +97,7 @@ def test_unknown_rate_is_said():
 
 @pytest.fixture(scope="module")
 def resnet50():
-    counts = roofline.count(import_torchvision().models.resnet50(), (1, 3, 224, 224))
+    counts = roofline.count(optional.torchvision().models.resnet50(), (1, 3, 224, 224))
     return {level: c.without("avgpool", "fc") for level, c in counts.items()}
 
 
@@ -120,7 +120,7 @@ def test_images_per_second_of_resnet50(resnet50):
 
 
 def test_gain_ceilings_of_whole_blocks():
-    gains = roofline.gains(import_torchvision().models.resnet50(), (1, 3, 224, 224), H200, BF16)
+    gains = roofline.gains(optional.torchvision().models.resnet50(), (1, 3, 224, 224), H200, BF16)
     assert len(gains) == 16
     expected = {"layer1.0": 3.05, "layer2.0": 1.94, "layer4.0": 1.00}
     expected |= {f"layer1.{i}": 2.14 for i in (1, 2)} | {f"layer2.{i}": 1.71 for i in (1, 2, 3)}
@@ -130,7 +130,7 @@ def test_gain_ceilings_of_whole_blocks():
 
 
 def test_batch_scales_activations_and_leaves_weights():
-    model = import_torchvision().models.resnet18()
+    model = optional.torchvision().models.resnet18()
     one, four = (roofline.count(model, (n, 3, 64, 64))["conv"] for n in (1, 4))
     assert four.batch == 4
     assert four.elements(weights=False) == 4 * one.elements(weights=False)
@@ -139,7 +139,7 @@ def test_batch_scales_activations_and_leaves_weights():
 
 
 def test_the_model_is_left_as_it_was():
-    model = import_torchvision().models.resnet18().train()
+    model = optional.torchvision().models.resnet18().train()
     weight = model.conv1.weight
     roofline.count(model, (1, 3, 32, 32))
     assert model.training and model.conv1.weight is weight and weight.device.type == "cpu"

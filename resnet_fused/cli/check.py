@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     backend = check_backend(args.backend)
     model, x = prepare(args, keep_statistics=args.keep_statistics)
     fused = resnet_fused.fuse(model, backend=backend)
-    eager = eager_copy(model, channels_last=True)
+    eager = eager_copy(model, channels_last=resnet_fused.is_fused(fused))
     x = x.contiguous(memory_format=LAYOUTS[args.layout])
     verdicts = [
         check(part.name, part.kind, part.backend, part.eager, part.fused, part.inputs)
