@@ -78,6 +78,7 @@ CONFIG_CASES = (
     ConvCase(2, 24, 11, 7, 80, kernel=3, stride=2, padding=1, act="none", affine=False),
     ConvCase(1, 24, 7, 7, 40, kernel=3, padding=1, groups=2),
     ConvCase(1, 72, 3, 4, 40, kernel=3, padding=1, residual=True),
+    ConvCase(1, 3, 12, 14, 40, kernel=7, stride=2, padding=3),
 )
 
 

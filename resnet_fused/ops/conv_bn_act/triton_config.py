@@ -139,9 +139,9 @@ POINTER_TF32 = (
 POINTER_IEEE = (
     ConvConfig("pointer", 128, 64, 16, 8, 3),
     ConvConfig("pointer", 64, 64, 16, 4, 3),
-    ConvConfig("pointer", 64, 32, 16, 4, 3),
+    ConvConfig("pointer", 64, 32, 16, 4, 3, below=100),
     ConvConfig("pointer", 64, 16, 16, 4, 3),
-    ConvConfig("pointer", 64, 64, 16, 4, 3, split_k=4),
+    ConvConfig("pointer", 64, 64, 16, 4, 3, split_k=4, below=90),
     ConvConfig("pointer", 64, 32, 16, 4, 3, split_k=8, below=100),
     ConvConfig("pointer", 64, 64, 16, 4, 3, split_k=16, below=100),
 )
