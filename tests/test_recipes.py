@@ -30,7 +30,8 @@ from resnet_fused.training import CheckpointError, DataError, image_folder
 torchvision = optional.torchvision()
 optional.needs("PIL", "safetensors")
 recipe = importlib.import_module("resnet_fused.recipes.classifier")
-Image, load_file = importlib.import_module("PIL.Image"), importlib.import_module("safetensors.torch").load_file
+Image, safetensors = importlib.import_module("PIL.Image"), importlib.import_module("safetensors.torch")
+load_file, save_file = safetensors.load_file, safetensors.save_file
 MODEL = "torchvision:resnet18"
 
 
@@ -201,11 +202,11 @@ def test_what_cannot_be_loaded_says_why(weights, tmp_path):
     with pytest.raises(CheckpointError, match="fc has another shape"):
         recipe.load(MODEL, str(tmp_path / "five.pth"))
     plain = tmp_path / "plain.safetensors"
-    checkpoint.write(plain, {"a": torch.zeros(1)}, {})
+    save_file({"a": torch.zeros(1)}, plain)
     with pytest.raises(CheckpointError, match="not written by resnet-fused train"):
         recipe.load(str(plain))
     facts = {"model": "resnet20", "size": 16, "classes": ["0"], "data": "digits"}
-    checkpoint.write(plain, {"a": torch.zeros(1)}, {"resnet_fused": json.dumps(facts)})
+    checkpoint.write(plain, {"a": torch.zeros(1)}, checkpoint.FACTS, facts)
     with pytest.raises(CheckpointError, match="digits, not image files"):
         recipe.load(str(plain))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 import resnet_fused
+from resnet_fused import files
 from resnet_fused.cli.common import (
     LAYOUTS,
     UserError,
@@ -20,7 +22,7 @@ from resnet_fused.cli.common import (
     prepare,
     print_json,
 )
-from resnet_fused.tuning.tuner import Tuned, ship, table_path, tune
+from resnet_fused.tuning.tuner import Tuned, check_cache, ship, table_path, tune
 from resnet_fused.tuning.verify import Comparison, verify
 
 
@@ -47,6 +49,12 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    try:  # now, not after minutes of measuring
+        check_cache()
+        if args.ship is not None:
+            files.check_writable(args.ship)
+    except OSError as error:
+        raise UserError(f"the table cannot be written: {error}") from error
     load_plugins(args.load)
     model, x = prepare(args)
     fused = resnet_fused.fuse(model)
@@ -128,5 +136,5 @@ def tuned_table(results: list[Tuned]) -> Table:
     for heading in ("p50 ms", "× eager"):
         table.add_column(heading, justify="right")
     for r in results:
-        table.add_row(r.key, r.choice, f"{r.entry.milliseconds[r.choice]:.3f}", f"{r.speedup:.2f}")
+        table.add_row(r.key, r.choice, f"{r.entry.milliseconds.get(r.choice, math.nan):.3f}", f"{r.speedup:.2f}")
     return table

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,25 +18,33 @@ import ray
 import ray.data
 import torch
 
+from resnet_fused import files
 from resnet_fused.cli.common import positive
 from resnet_fused.recipes.classifier import Classifier, Predictor, load
 from resnet_fused.testing.models import FORMS, ModelError
 from resnet_fused.training.errors import DataError, TrainingError
+from resnet_fused.training.images import ImageError
 
 IMAGES = ["jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm"]
 
 
 class Decode:
-    """From a file's path and bytes to its name in the folder, the model's input and, should it be broken, why."""
+    """From a file's path to its name in the folder, the model's input and, should it be broken, why.
+
+    Paths come as bytes: not all are text. Files are opened here, within the bounds of ``training.images``.
+    """
 
     def __init__(self, classifier: Classifier, folder: str) -> None:
         self.decode, self.folder, self.blank = classifier.decode, folder, classifier.decode.blank().numpy()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        file = os.path.relpath(row["path"], self.folder)
+        path = os.fsdecode(row["path"])
+        file = os.path.relpath(path, self.folder).encode(errors="surrogateescape").decode(errors="backslashreplace")
         try:
-            return {"file": file, "image": self.decode(row["bytes"]).numpy(), "error": ""}
-        except ValueError as error:
+            return {"file": file, "image": self.decode(path).numpy(), "error": ""}
+        except OSError as error:
+            return {"file": file, "image": self.blank, "error": f"cannot be read: {error.strerror or error}"}
+        except ImageError as error:
             return {"file": file, "image": self.blank, "error": str(error)}
 
 
@@ -70,17 +79,26 @@ def classify(folder: str, classifier: Classifier, *, batch: int = 32, actors: in
         DataError: there is no image.
     """
     folder = os.path.abspath(folder)
-    if not any(name.rpartition(".")[2].lower() in IMAGES for _, _, names in os.walk(folder) for name in names):
+    paths = [
+        {"path": os.fsencode(os.path.join(parent, name))}
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if name.rpartition(".")[2].lower() in IMAGES
+    ]
+    if not paths:
         raise DataError(f"{folder}: no image there; need files ending in {', '.join(IMAGES)}")
     there = ray.cluster_resources()
     own: dict[str, Any] = {"num_gpus": 1} if "GPU" in there else {"num_cpus": max(1, there["CPU"] // actors - 1)}
-    images = ray.data.read_binary_files(folder, include_paths=True, file_extensions=IMAGES)
-    found = images.map(Decode(classifier, folder)).map_batches(
-        Classify,
-        fn_constructor_args=(classifier, batch),
-        batch_size=batch,
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        **own,
+    found = (
+        ray.data.from_items(paths)
+        .map(Decode(classifier, folder))
+        .map_batches(
+            Classify,
+            fn_constructor_args=(classifier, batch),
+            batch_size=batch,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            **own,
+        )
     )
     return found.to_pandas().sort_values("file", ignore_index=True)
 
@@ -96,7 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--actors", type=positive, default=1, help="models at once (default %(default)s)")
     args = parser.parse_args(argv)
     try:
+        files.check_writable(Path(args.out))  # now, not after hours
         classifier = load(args.model, args.weights)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror or error}")
     except (ModelError, TrainingError) as error:
         parser.error(str(error))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

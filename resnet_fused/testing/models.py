@@ -19,6 +19,7 @@ BUILDERS = (
     *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
 )
 CIFAR_BUILDERS = BUILDERS[-5:]
+KNOWN_FORMS = "a builder (resnet50), torchvision:NAME or timm:NAME"
 FORMS = "a builder (resnet50), torchvision:NAME, timm:NAME or package.module:callable"
 
 
@@ -26,25 +27,29 @@ class ModelError(ValueError):
     """No model can be made from this specification; the message says why, and what would do."""
 
 
-def load(spec: str) -> nn.Module:
+def load(spec: str, *, known: bool = False) -> nn.Module:
     """The model that ``spec`` names, in eval mode, with its builder's own random weights (nothing is downloaded).
 
     Args:
         spec: one of our builders (``resnet50``), ``torchvision:NAME``, ``timm:NAME``, or
             ``package.module:callable``: a callable without arguments that returns a module, or a module.
+        known: refuse the last form, and builders that others have registered with torchvision or timm. What a file
+            names is loaded so: a file must not choose code.
 
     Raises:
         ModelError: the form or the name is unknown, a package is missing, or the callable fails.
     """
     source, separator, name = spec.partition(":")
+    if known and separator and source not in ("torchvision", "timm"):
+        raise ModelError(f"model {spec!r}: need {KNOWN_FORMS}")
     if not separator:
         return _ours(spec).eval()
     if not source or not name:
         raise ModelError(f"model {spec!r}: need {FORMS}")
     if source == "torchvision":
-        return _torchvision(name).eval()
+        return _torchvision(name, known).eval()
     if source == "timm":
-        return _timm(name).eval()
+        return _timm(name, known).eval()
     return _imported(source, name).eval()
 
 
@@ -68,7 +73,7 @@ def _ours(name: str) -> nn.Module:
     return getattr(package, name)()  # type: ignore[no-any-return]
 
 
-def _torchvision(name: str) -> nn.Module:
+def _torchvision(name: str, known: bool) -> nn.Module:
     from resnet_fused.testing.torchvision_compat import import_torchvision
 
     try:
@@ -80,13 +85,18 @@ def _torchvision(name: str) -> nn.Module:
         builder = models.get_model_builder(name)
     except ValueError as error:
         raise ModelError(f"torchvision has no model {name!r}{_close(name, models.list_models())}") from error
+    if known:
+        _check_origin("torchvision", name, builder)
     # Without weights_backbone=None segmentation and detection models download a backbone.
     options = {"weights": None, "weights_backbone": None}
     accepted = inspect.signature(builder).parameters
-    return builder(**{key: value for key, value in options.items() if key in accepted})  # type: ignore[no-any-return]
+    try:
+        return builder(**{k: v for k, v in options.items() if k in accepted})  # type: ignore[no-any-return]
+    except Exception as error:
+        raise ModelError(f"torchvision cannot make {name!r}: {error}") from error
 
 
-def _timm(name: str) -> nn.Module:
+def _timm(name: str, known: bool) -> nn.Module:
     try:
         if importlib.util.find_spec("torchvision") is not None:
             from resnet_fused.testing.torchvision_compat import import_torchvision
@@ -97,7 +107,18 @@ def _timm(name: str) -> nn.Module:
         raise ModelError(_missing("timm", error)) from error
     if not timm.is_model(name):
         raise ModelError(f"timm has no model {name!r}{_close(name, timm.list_models())}")
-    return timm.create_model(name, pretrained=False)  # type: ignore[no-any-return]
+    if known:
+        _check_origin("timm", name, timm.model_entrypoint(name))
+    try:
+        return timm.create_model(name, pretrained=False)  # type: ignore[no-any-return]
+    except Exception as error:  # among others for a tag of weights that the architecture does not have
+        raise ModelError(f"timm cannot make {name!r}: {error}") from error
+
+
+def _check_origin(package: str, name: str, builder: Any) -> None:
+    """See that ``package`` itself brings this entry of its register."""
+    if builder.__module__.split(".")[0] != package:
+        raise ModelError(f"{package}:{name} is registered by {builder.__module__}; need a model of {package} itself")
 
 
 def _imported(module_name: str, name: str) -> nn.Module:

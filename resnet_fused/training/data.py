@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from resnet_fused.training.errors import DataError
+from resnet_fused.training.images import ImageError, open_image
 
 # What ImageNet models are fed: means and deviations of red, green and blue.
 MEAN = (0.485, 0.456, 0.406)
@@ -49,7 +50,7 @@ class TensorImages(Images):
 
 
 class ImageFiles(Images):
-    """Images in files. Reading one that is broken raises DataError, naming the file."""
+    """Images in files. Reading one that is broken or too large raises DataError, naming the file."""
 
     def __init__(self, samples: Sequence[tuple[str, int]], transform: Transform) -> None:
         self.samples, self.transform = samples, transform
@@ -58,13 +59,13 @@ class ImageFiles(Images):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        from torchvision.datasets.folder import pil_loader
-
         path, label = self.samples[index]
         try:
-            image = pil_loader(path)
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
-            raise DataError(f"{path}: cannot be read as an image: {error}") from error
+            image = open_image(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except ImageError as error:
+            raise DataError(f"{path}: {error}") from error
         return self.transform(image), label
 
 

@@ -57,24 +57,35 @@ def device_alone(environment: dict[str, str]) -> dict[str, str]:
 
 
 def cache_directory() -> Path:
-    """``$RESNET_FUSED_CACHE``, else ``resnet_fused`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``."""
+    """``$RESNET_FUSED_CACHE``, else ``resnet_fused`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``.
+
+    Raises:
+        OSError: none is set, and this user has no home.
+    """
     own = os.environ.get("RESNET_FUSED_CACHE")
     if own:
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fused"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fused"
+    except RuntimeError as error:  # a container's user of any number, without HOME
+        raise OSError("there is no home folder for a cache; set RESNET_FUSED_CACHE to a folder") from error
 
 
 def path_for(environment: dict[str, str]) -> Path:
-    """The user's own table for this environment."""
+    """The user's own table for this environment.
+
+    Raises:
+        OSError: see :func:`cache_directory`.
+    """
     digest = hashlib.sha256(repr(sorted(environment.items())).encode()).hexdigest()[:12]
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", environment["device"]).strip("-")
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", environment["device"]).strip("-")[:100]
     return cache_directory() / "tuning" / f"{name}-{digest}.json"
 
 
 def cpu_name() -> str:
     """The CPU's model, or its architecture where the system does not tell."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
     found = re.search(r"model name\s*:\s*(.+)", text)
@@ -84,7 +95,7 @@ def cpu_name() -> str:
 def driver_version() -> str:
     """The CUDA driver's version, or the CUDA version that it serves where only that can be read."""
     try:
-        found = re.search(r"Module\s+(?:for \S+\s+)?([\d.]+)", DRIVER.read_text(encoding="utf-8"))
+        found = re.search(r"Module\s+(?:for \S+\s+)?([\d.]+)", DRIVER.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         found = None
     return found.group(1) if found else str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
