@@ -158,7 +158,9 @@ def _opened(path: Path, most: int) -> Iterator[Any]:
         with files.opened(path, most) as file:
             length = int.from_bytes(file.read(8), "little")
         if length > _HEADER:
-            raise CheckpointError(f"{path}: is corrupt: its header has {length} bytes; need at most {_HEADER}")
+            raise CheckpointError(
+                f"{path}: is corrupt or truncated: its header has {length} bytes; need at most {_HEADER}"
+            )
         with safe_open(path, "pt") as content:
             yield content
     except CheckpointError:

@@ -79,9 +79,10 @@ def open_image(source: bytes | str | os.PathLike[str]) -> Any:
     except ImageError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        reason = str(error) or type(error).__name__
-        if type(error).__name__ == "UnidentifiedImageError":
-            reason = f"it is none of {', '.join(FORMATS)}"
+        kind = type(error).__name__
+        if kind == "DecompressionBombError":
+            raise ImageTooLarge(f"has too many pixels: {error}") from error
+        reason = f"it is none of {', '.join(FORMATS)}" if kind == "UnidentifiedImageError" else str(error) or kind
         raise ImageError(f"cannot be read as an image: {reason}") from error
 
 
@@ -192,7 +193,7 @@ class _Metered(io.BytesIO):
         return got
 
 
-_MARKER = re.compile(rb"\xff+([^\xff\x00])")
+_NO_FILL = re.compile(rb"[^\xff]")
 
 
 def _without_metadata(data: bytes) -> tuple[bytes, bytes]:
@@ -212,14 +213,15 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Marker, begin and end of each segment of a JPEG; the last, its scans, reaches to the end of the file."""
     at = 2
     for _ in range(10_000):
-        found = _MARKER.search(data, at)
+        at = data.find(0xFF, at)
+        found = _NO_FILL.search(data, at) if at >= 0 else None
         if found is None:
             return
-        marker, start, at = found[1][0], found.end() - 2, found.end()
+        marker, start, at = found[0][0], found.start() - 1, found.end()
         if marker == 0xDA:
             yield marker, start, len(data)
             return
-        if not (0xD0 <= marker <= 0xD9 or marker == 0x01):  # those stand alone
+        if not (0xD0 <= marker <= 0xD9 or marker <= 0x01):  # those stand alone, or are no markers
             at += max(2, int.from_bytes(data[at : at + 2], "big"))
             yield marker, start, at
     raise ImageTooLarge("is a JPEG of more than 10000 segments")

@@ -216,7 +216,7 @@ class Trainer:
         if type(step) is not int or not 0 <= step <= self.steps:
             raise ValueError(f"step is {step!r}, need one from 0 to {self.steps}")
         numbers = all(isinstance(row[key], (int, float)) for row in history for key in _ROW)
-        if not numbers or len(history) > step // self.steps_per_epoch:
+        if not isinstance(history, list) or not numbers or len(history) > step // self.steps_per_epoch:
             raise ValueError("its history is not that of so many steps")
         self.model.load_state_dict({n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)})
         parameters = self.optimizer.param_groups[0]["params"]
@@ -232,10 +232,15 @@ class Trainer:
         if not _alike(state["groups"], own) or not _alike(state["schedule"], self.schedule.state_dict()):
             raise ValueError("the optimizer's settings are of another kind")
         self.optimizer.load_state_dict({"state": momenta, "param_groups": state["groups"]})
+        if self.optimizer.param_groups[0].keys() < own[0].keys():
+            raise ValueError("some of the optimizer's settings are missing")
+        totals = tensors["totals"]
+        if totals.shape != self._totals.shape or totals.dtype != self._totals.dtype:
+            raise ValueError(f"totals is {totals.dtype} {tuple(totals.shape)}")
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.history = step, list(history)
-        self._totals.copy_(tensors["totals"] if self.world.first else torch.zeros(3))
+        self._totals.copy_(totals if self.world.first else torch.zeros(3))
         self._set_rng({kind: tensors.get(f"{RNG}{self.world.rank}.{kind}") for kind in ("cpu", "cuda")})
 
     def _learn(self, x: Tensor, y: Tensor) -> None:
