@@ -293,7 +293,8 @@ def _ninja(module: Path, nvcc: str | None) -> str:
         # pybind11 of torch 2.11 refuses to be included for the stable ABI, which this file has no use for.
         f"  more = -UTORCH_TARGET_VERSION -isystem {python}",
         f"build {library}: link {' '.join(objects)}",
-        f"  linker = {'$nvcc -cudart=static' if nvcc else '$cxx'}",
+        # No device code waits to be linked, and nvcc would write this machine's folders into what it links.
+        f"  linker = {'$nvcc -cudart=static -nodlink' if nvcc else '$cxx'}",
         f"  flags = {_linker_options(*options, by_nvcc=nvcc is not None)} -L{torch}/lib -ltorch -ltorch_cpu -lc10",
         f"build {module}: link module.o | {library}",
         "  linker = $cxx",

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole, and read within bounds."""
+"""Files that are replaced as a whole, and files that may hold anything, read within bounds."""
 
 from __future__ import annotations
 
@@ -10,48 +10,7 @@ from typing import BinaryIO
 
 
 class FileError(ValueError):
-    """What lies at a path is not a file that may be read whole; the message says what it is, without the path."""
-
-
-def opened(path: str | os.PathLike[str], most: int) -> BinaryIO:
-    """A regular file of at most ``most`` bytes, open to be read. Devices and pipes may wait, or never end.
-
-    Raises:
-        FileError: it is no regular file, or larger.
-        OSError: it cannot be opened.
-    """
-    # So opened, a pipe without a writer does not wait for one; for regular files the flag means nothing.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        facts = os.fstat(handle)
-        if not stat.S_ISREG(facts.st_mode):
-            raise FileError("is no regular file")
-        if facts.st_size > most:
-            raise FileError(f"holds {facts.st_size / 1e6:.1f} MB; need at most {most / 1e6:.1f} MB")
-        return os.fdopen(handle, "rb")
-    except BaseException:
-        os.close(handle)
-        raise
-
-
-def read(path: str | os.PathLike[str], most: int) -> bytes:
-    """All bytes of a regular file; see :func:`opened`, which says what is refused."""
-    with opened(path, most) as file:
-        data = file.read(most + 1)
-    if len(data) > most:  # it has grown meanwhile
-        raise FileError(f"holds more than {most / 1e6:.1f} MB")
-    return data
-
-
-def check_writable(path: Path) -> None:
-    """Make the folder of ``path`` and see that a file can be made there.
-
-    Raises:
-        OSError: it cannot.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part"):
-        pass
+    """What the path names is not read: it is no regular file, or has too many bytes. The message says which."""
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -72,3 +31,32 @@ def replace(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def opened(path: Path) -> BinaryIO:
+    """A regular file, open to be read. A pipe or a device in its place neither blocks nor feeds the reader.
+
+    Raises:
+        OSError: the file cannot be opened.
+        FileError: it is no regular file.
+    """
+    # Without O_NONBLOCK a pipe without a writer would block here.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise FileError("is no regular file")
+    return os.fdopen(handle, "rb")
+
+
+def read(path: Path, limit: int) -> bytes:
+    """All bytes of a regular file that has at most ``limit``.
+
+    Raises:
+        OSError: the file cannot be read.
+        FileError: it is no regular file, or has more bytes.
+    """
+    with opened(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise FileError(f"has more than {limit / 2**20:g} MiB")
+    return data

@@ -163,11 +163,11 @@ def in_a_child(run: Callable[[], bytes]) -> bytes | None:
 
 
 def opened(data: bytes) -> bytes:
-    from resnet_fused.training.images import ImageError, open_image
+    from resnet_fused.training.images import ImageError, decode
 
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     try:
-        came = "an image of {}x{}".format(*open_image(data).size)
+        came = "an image of {}x{}".format(*decode(data).size)
     except ImageError as error:
         came = f"{type(error).__name__}: {error}"
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

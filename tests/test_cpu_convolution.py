@@ -62,7 +62,7 @@ CASES = [(way, case) for way in WAYS for case in (BOTH if way[0] is WINOGRAD els
 
 def run(call: ConvBNActCall, way: Way, out: Tensor | None = None) -> Tensor:
     method, _, isa = way
-    return Convolution(call.conv, method, isa)(call.x, call.residual, call.act, out)
+    return cpu_convolution.run(call, method, isa, out)
 
 
 def assert_right(call: ConvBNActCall, out: Tensor) -> None:
@@ -334,7 +334,9 @@ def test_winograd_is_chosen_where_it_is_right_and_pays() -> None:
     assert method_for(BOTH[1], HALF) is DIRECT  # rounding errors that do not average out
     assert method_for(ConvCase(8, 64, 8, 8, 64, kernel=3, padding=1), HALF) is DIRECT
     assert method_for(ConvCase(1, 24, 9, 9, 32, kernel=3, padding=1)) is DIRECT
-    assert method_for(ConvCase(9, 32, 1, 9, 32, kernel=3, padding=1)) is DIRECT  # in a tile one pixel outweighs the rest
+    assert (
+        method_for(ConvCase(9, 32, 1, 9, 32, kernel=3, padding=1)) is DIRECT
+    )  # in a tile one pixel outweighs the rest
     assert {method_for(case) for case in DIRECT_ALONE} == {DIRECT}
 
 

@@ -1,223 +1,267 @@
-"""Images of any content: an 8-bit upright picture, or one clear error, within bounds on memory and work."""
+"""Image files and request bodies: bounds, depth of pixels, orientation; and bytes of any content."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import io
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+import struct
+import types
+import zlib
+from typing import Any
 
+import numpy as np
 import optional
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from resnet_fused.training import DataError, images
 from resnet_fused.training.data import ImageFiles
-from resnet_fused.training.images import ImageError, ImageTooLarge, open_image
 
-optional.needs("PIL", "numpy")
-Image, ImageOps = importlib.import_module("PIL.Image"), importlib.import_module("PIL.ImageOps")
-np, hostile_images = importlib.import_module("numpy"), importlib.import_module("hostile_images")
-blank, encoded = hostile_images.blank, hostile_images.encoded
+optional.needs("PIL", "torchvision")
+Image: Any = importlib.import_module("PIL.Image")
 
 
-def picture(width: int = 40, height: int = 24) -> Image.Image:
-    """Patches of colours, so that a turn or a wrong scale shows."""
-    coarse = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-    return Image.fromarray(np.kron(coarse, np.ones((8, 8, 1), np.uint8)))
+def saved(image: Any, kind: str = "PNG", **options: Any) -> bytes:
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
 
 
-def values(image: Image.Image) -> np.ndarray:
-    assert image.mode == "RGB"
-    return np.asarray(image).astype(int)
+def declared(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header declares this size."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-HOSTILE = {
-    "a line": "ImageTooLarge: has 1×12000 pixels",
-    "169 million pixels": "ImageTooLarge: has 169.0 million pixels",
-    "the largest that is taken": "an image of 6000x4000",
-    "as large, with 16 bits": "an image of 6000x4000",
-    "as large, as a progressive JPEG": "an image of 6000x4000",
-    "as large as CMYK may be": "an image of 5700x4000",
-    "as large as WebP may be": "an image of 4300x4000",
-    "as large, turned": "an image of 4000x6000",
-    "scans without end": "ImageTooLarge: has 2010 scans",
-    "EXIF entries that overlap": "an image of 64x64",
-    "TIFF entries that overlap": "",
-    "numbers as text": "ImageTooLarge: is a PPM",
+SCANS = saved(Image.new("RGB", (16, 16)), "JPEG") + b"\xff\xda" * (images.MAX_SCANS + 1)
+TOO_LARGE = {
+    "many pixels": (declared(6000, 5000), "6000x5000 pixels; at most 25000000"),
+    "a bomb": (declared(40000, 40000), "too large"),
+    "many pixels in text": (b"P3 1000 1000 255\n1 2 3", "1000x1000 pixels; at most 400000"),
+    "many scans": (SCANS, "more than 100 scans"),
+}
+REFUSED = {
+    "a thin strip": (declared(12000, 1), "12000x1; a side may be at most 32 times"),
+    "floating point": (saved(Image.new("F", (4, 4), 0.5), "TIFF"), "floating point"),
+    "32-bit integers": (saved(Image.new("I", (4, 4), 9), "TIFF"), "unknown range"),
+    "cut short": (saved(Image.effect_noise((64, 64), 50))[:-900], "cannot be read as an image"),
+    "no image": (b"nothing of the kind", "need one of JPEG"),
+    "a format that starts programs": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n",
+        "need one of",
+    ),
 }
 
 
-def test_no_file_takes_more_than_its_share():
-    """A picture or a reason, each within 300 MB."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(images.__file__).parents[2])}
-    command = [sys.executable, "-W", "ignore", hostile_images.__file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["name"] for line in lines] == list(hostile_images.IMAGES)
-    for line in lines:
-        name = line["name"]
-        assert "came" in line, f"{name}: the process died"
-        assert line["came"].startswith(HOSTILE.get(name, "Image")), line
-        assert line["peak"] < 300, line
+@pytest.fixture
+def undecoded(monkeypatch):
+    """No pixel may be decoded."""
+
+    def decoded(self):
+        raise AssertionError("pixels are decoded")
+
+    monkeypatch.setattr(importlib.import_module("PIL.ImageFile").ImageFile, "load", decoded)
 
 
-def test_bounds_are_checked_before_anything_is_decoded(monkeypatch):
-    """So that the cost of a refusal does not grow with what a file claims."""
-
-    def decoded(*arguments: object) -> None:
-        raise AssertionError("pixels were decoded")
-
-    files = {
-        "1×400 pixels": blank(1, 400, "PNG"),
-        r"36.0 million pixels": blank(6000, 6000, "PNG", "1"),
-        "17.6 million": blank(4400, 4000, "WEBP"),
-        "23.5 million": blank(5000, 4700, "JPEG", "CMYK"),
-    }
-    monkeypatch.setattr(Image.core, "new", decoded)
-    for told, data in files.items():
-        with pytest.raises(ImageTooLarge, match=told):
-            open_image(data)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(("data", "reason"), TOO_LARGE.values(), ids=TOO_LARGE)
+def test_what_is_too_large_is_refused_by_its_header(data, reason, undecoded):
+    with pytest.raises(images.ImageTooLargeError, match=reason):
+        images.decode(data)
 
 
-def test_a_body_counts_as_memory():
-    pixels = blank(4000, 4000, "BMP")  # 16 million in 48 MB
-    assert open_image(pixels).size == (4000, 4000)
-    with pytest.raises(ImageTooLarge, match="need at most"):
-        open_image(pixels + bytes(110_000_000))
+def test_a_strip_is_refused_by_its_header(undecoded):
+    with pytest.raises(images.ImageError, match="12000x1"):
+        images.decode(declared(12000, 1))
 
 
+@pytest.mark.parametrize(("data", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_says_why(data, reason, tmp_path):
+    with pytest.raises(images.ImageError, match=reason):
+        images.decode(data)
+    path = tmp_path / "x.png"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=f"x.png: .*{reason}"):
+        ImageFiles([(str(path), 0)], np.asarray)[0]
+
+
+def test_bytes_are_bounded_and_pipes_do_not_block(tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    os.mkfifo(path)
+    with pytest.raises(images.ImageError, match="no regular file"):
+        images.read(path)
+    with pytest.raises(images.ImageError, match="no regular file"):
+        images.read(type(path)("/dev/zero"))
+    with pytest.raises(images.ImageError, match="No such file"):
+        images.read(tmp_path / "none.png")
+    data = saved(Image.new("L", (4, 4)))
+    path.unlink()
+    path.write_bytes(data)
+    assert images.read(path).size == (4, 4)
+    monkeypatch.setattr(images, "MAX_BYTES", len(data) - 1)
+    for read, source in ((images.read, path), (images.decode, data)):
+        with pytest.raises(images.ImageError, match=r"MiB|bytes"):
+            read(source)
+
+
+def test_every_kind_of_pixel_becomes_8_bit_rgb():
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    deep = np.array([[0, 65535], [256, 40000]], np.uint16)
+    scaled = np.repeat((deep >> 8).astype(np.uint8)[..., None], 3, 2)
+
+    def flat(*colour: int) -> Any:
+        return np.full((2, 2, 3), colour, np.uint8)
+
+    for data, expected in (
+        (saved(palette), flat(10, 200, 30)),
+        (saved(palette, "GIF"), flat(10, 200, 30)),
+        (saved(Image.new("1", (2, 2), 1)), flat(255, 255, 255)),
+        (saved(Image.new("LA", (2, 2), (9, 0))), flat(9, 9, 9)),
+        (saved(Image.new("CMYK", (2, 2), (0, 255, 255, 0)), "TIFF"), flat(255, 0, 0)),
+        (saved(Image.fromarray(deep)), scaled),
+        (saved(Image.fromarray(deep), "TIFF"), scaled),
+        (b"P5 2 2 65535\n" + deep.byteswap().tobytes(), scaled),
+    ):
+        image = images.decode(data)
+        assert image.mode == "RGB" and np.array_equal(np.asarray(image), expected)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("JPEG", {"quality": 95}),
-        ("PNG", {}),
-        ("WEBP", {"lossless": True}),
-        ("TIFF", {}),
-        ("TIFF", {"compression": "tiff_lzw"}),
-    ],
-    ids=["JPEG", "PNG", "WebP", "TIFF", "TIFF, LZW"],
-)
-def test_images_are_upright(kind, options, orientation):
+def test_images_are_turned_upright(kind, orientation):
+    ops = importlib.import_module("PIL.ImageOps")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[274] = orientation
-    data = encoded(picture(), kind, exif=exif, **options)
-    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    assert (values(open_image(data)) == values(expected)).all()
+    data = saved(Image.fromarray(pixels), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    turned = Image.fromarray(pixels)
+    turned.getexif()[274] = orientation
+    assert np.array_equal(np.asarray(images.decode(data)), np.asarray(ops.exif_transpose(turned)))
 
 
-def test_odd_exif_data_changes_nothing():
-    plain = values(open_image(encoded(picture(), "PNG")))
-    for exif in (
-        b"II",
-        b"II*\0\xff\xff\xff\xff",
-        b"MM\0*\0\0\0\x08\xff\xff",
-        b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x09\0",
-    ):
-        assert (values(open_image(encoded(picture(), "PNG", exif=b"Exif\0\0" + exif))) == plain).all()
+def test_orientation_outlives_the_scaling_of_16_bits():
+    exif = Image.Exif()
+    exif[274] = 6
+    assert images.decode(saved(Image.fromarray(np.zeros((4, 6), np.uint16)), exif=exif)).size == (4, 6)
 
 
-GREY = np.asarray(picture().convert("L")).astype(int)
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-def test_16_bits_become_8(kind):
-    wide = Image.fromarray((GREY * 257 + 100).clip(0, 65535).astype(np.uint16))
-    assert (values(open_image(encoded(wide, kind))) == GREY[..., None]).all()
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "PA", "YCbCr"])
-def test_other_kinds_of_pixels_become_rgb(mode):
-    kind = "PNG" if mode in ("1", "L", "LA", "P", "RGBA") else "TIFF"
-    data = encoded(picture().convert(mode), kind)
-    assert (values(open_image(data)) == values(Image.open(io.BytesIO(data)).convert("RGB"))).all()
-
-
-def test_an_animation_gives_its_first_frame():
-    first, second = picture(), ImageOps.invert(picture())
-    for kind, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})):
-        alone = open_image(encoded(first, kind, **options))
-        both = open_image(encoded(first, kind, save_all=True, append_images=[second], **options))
-        assert (values(both) == values(alone)).all(), kind
-
-
-@pytest.mark.parametrize(
-    ("image", "told"),
-    [
-        (Image.fromarray(GREY.astype(np.float32)), "floating-point numbers"),
-        (Image.fromarray(GREY.astype(np.int32)), "32-bit integers"),
-        (Image.new("LAB", (8, 8)), "LAB"),
-    ],
-    ids=["float", "int32", "LAB"],
-)
-def test_pixels_without_a_range_are_refused(image, told):
-    with pytest.raises(ImageError, match=told):
-        open_image(encoded(image, "TIFF"))
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "PPM"])
-def test_a_truncated_image_is_refused(kind):
-    data = encoded(picture(400, 240), kind)
-    for length in (0, 1, 2, 10, len(data) // 2, len(data) * 3 // 4):
-        with pytest.raises(ImageError, match="cannot be read as an image"):
-            open_image(data[:length])
-
-
-def test_formats_that_start_programs_or_are_rare_are_not_tried():
-    with pytest.raises(ImageError, match="none of BMP"):
-        open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-
-
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "zero.png").symlink_to("/dev/zero")
-    (tmp_path / "folder.png").mkdir()
-    for name in ("pipe.png", "zero.png", "folder.png"):
-        with pytest.raises(ImageError, match="is no regular file"):
-            open_image(tmp_path / name)
-    with pytest.raises(DataError, match=r"pipe.png: .*no regular file"):
-        ImageFiles([(str(tmp_path / "pipe.png"), 0)], lambda image: image)[0]
-    with pytest.raises(DataError, match=r"absent.png: cannot be read: No such file"):
-        ImageFiles([(str(tmp_path / "absent.png"), 0)], lambda image: image)[0]
-
-
-def test_training_refuses_what_serving_refuses(tmp_path):
-    (tmp_path / "line.png").write_bytes(hostile_images.IMAGES["a line"]())
-    with pytest.raises(DataError, match=r"line.png: has 1×12000 pixels"):
-        ImageFiles([(str(tmp_path / "line.png"), 0)], lambda image: image)[0]
-
-
+KINDS = (("L", "PNG"), ("RGB", "JPEG"), ("P", "GIF"), ("RGB", "BMP"), ("CMYK", "TIFF"), ("RGB", "WEBP"))
 SEEDS = [
-    *(encoded(picture(), kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "PPM")),
-    encoded(picture(), "JPEG", progressive=True),
-    encoded(picture(), "TIFF", compression="tiff_adobe_deflate"),
-    encoded(Image.fromarray((GREY * 257).astype(np.uint16)), "TIFF"),
-    encoded(picture(), "GIF", save_all=True, append_images=[ImageOps.invert(picture())]),
-]
+    *(saved(Image.effect_noise((9, 7), 60).convert(mode), kind) for mode, kind in KINDS),
+    b"P2 3 2 255\n1 2 3 4 5 6",
+]  # fmt: skip
 
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """Bytes with a known beginning, or an image with some of its bytes replaced, removed or doubled."""
+    """An image file with some bytes changed, and perhaps cut."""
     data = bytearray(draw(st.sampled_from(SEEDS)))
-    for _ in range(draw(st.integers(1, 8))):
-        at, length = draw(st.integers(0, min(200, len(data)))), draw(st.integers(0, 12))
-        data[at : at + length] = draw(st.one_of(st.binary(max_size=12), st.just(bytes(data[at : at + 2 * length]))))
-    return bytes(data)
+    for at, value in draw(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=8)):
+        data[at % len(data)] = value
+    return bytes(data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data)
 
 
-@given(st.one_of(st.binary(max_size=300), damaged()))
-def test_bytes_of_any_kind_give_a_picture_or_the_reason(data):
+@pytest.mark.filterwarnings("ignore")  # Pillow's own about metadata
+@given(data=st.one_of(st.binary(max_size=300), damaged()))
+def test_any_bytes_are_an_image_or_one_error(data):
     try:
-        image = open_image(data)
-    except ImageError as error:
+        image = images.decode(data)
+    except images.ImageError as error:
         assert str(error)
-        return
-    assert image.mode == "RGB" and image.width * image.height * 8 <= images.MEMORY
-    assert max(image.size) <= images.ASPECT * min(image.size)
+    else:
+        assert image.mode == "RGB" and image.width * image.height <= images.MAX_PIXELS
+
+
+class Body:
+    """A request with the body ``chunks``, which counts what was read of it."""
+
+    def __init__(self, chunks: list[bytes], headers: dict[str, str] | None = None) -> None:
+        self.chunks, self.headers, self.read = chunks, headers or {}, 0
+
+    async def stream(self):
+        for chunk in self.chunks:
+            self.read += len(chunk)
+            yield chunk
+            await asyncio.sleep(0)
+
+
+@pytest.fixture(scope="module")
+def serving():
+    optional.needs("ray", "starlette")
+    return importlib.import_module("resnet_fused.recipes.ray_serve")
+
+
+def refused(serving: Any, intake: Any, request: Body) -> tuple[int, str]:
+    with pytest.raises(serving.Refused) as caught:
+        asyncio.run(intake(request))
+    assert intake.held == 0
+    return caught.value.status, str(caught.value)
+
+
+def test_bodies_are_bounded(serving, monkeypatch):
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    intake = serving.Intake(images.decode)
+    endless = Body([b"x" * 40] * 1000)
+    assert refused(serving, intake, endless) == (413, "the body has more than 100 bytes")
+    assert endless.read == 120
+    told = Body([b"x"], {"content-length": "101"})
+    assert refused(serving, intake, told)[0] == 413 and told.read == 0
+    assert refused(serving, intake, Body([], {"content-length": "9" * 5000}))[0] == 413
+    monkeypatch.setattr(serving, "MAX_HELD", 50)
+    assert refused(serving, intake, Body([b"x" * 40] * 2))[0] == 503
+
+
+def test_images_that_are_refused_have_a_status(serving):
+    intake = serving.Intake(images.decode)
+    assert refused(serving, intake, Body([declared(6000, 5000)]))[0] == 413
+    for data, reason in REFUSED.values():
+        status, told = refused(serving, intake, Body([data[:9], data[9:]]))
+        assert status == 400 and reason in told
+    assert asyncio.run(intake(Body([SEEDS[0][:30], SEEDS[0][30:]]))).size == (9, 7)
+
+
+def test_few_images_are_decoded_at_once(serving, monkeypatch):
+    busy, most = [0], [0]
+
+    def decode(data: bytes) -> bytes:
+        return data
+
+    async def in_thread(function: Any, *arguments: Any) -> Any:
+        busy[0] += 1
+        most[0] = max(most[0], busy[0])
+        await asyncio.sleep(0)
+        busy[0] -= 1
+        return function(*arguments)
+
+    monkeypatch.setattr(serving, "asyncio", types.SimpleNamespace(**{**vars(asyncio), "to_thread": in_thread}))
+
+    async def all_at_once() -> list[Any]:
+        intake = serving.Intake(decode)
+        return await asyncio.gather(*(intake(Body([b"%d" % i])) for i in range(20)))
+
+    assert asyncio.run(all_at_once()) == [b"%d" % i for i in range(20)]
+    assert most[0] == serving.DECODERS
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(
+    chunks=st.lists(st.one_of(st.binary(max_size=99), damaged()), max_size=3),
+    length=st.one_of(st.none(), st.text(max_size=30)),
+)
+@example(chunks=[], length="²")
+def test_any_body_is_answered(serving, chunks, length):
+    intake = serving.Intake(images.decode)
+    try:
+        asyncio.run(intake(Body(chunks, {} if length is None else {"content-length": length})))
+    except serving.Refused as error:
+        assert error.status in (400, 413) and json.dumps(str(error))
+    assert intake.held == 0

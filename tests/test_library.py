@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,32 @@ def test_library_needs_libtorch_alone(library: str) -> None:
         "libtorch.so", "libtorch_cpu.so", "libc10.so",
     }  # fmt: skip
     assert not [name for name in needed if "cud" in name or "python" in name]
+
+
+def test_library_is_hardened(library: str) -> None:
+    """Its tables are read-only once it is loaded, its functions guard their stacks, and it runs no data."""
+
+    def read(option: str, path: str) -> str:
+        return subprocess.run(["readelf", option, "-W", path], capture_output=True, text=True, check=True).stdout
+
+    for path in (library, str(extension.module().__file__)):
+        segments = {fields[0]: fields for line in read("-l", path).splitlines() if len(fields := line.split()) > 6}
+        assert "GNU_RELRO" in segments
+        assert segments["GNU_STACK"][6] == "RW"
+        dynamic = read("-d", path)
+        assert "BIND_NOW" in dynamic and re.search(r"FLAGS_1.*\bNOW\b", dynamic)
+        assert "__stack_chk_fail" in read("--dyn-syms", path)
+
+
+def test_library_names_no_folder_of_the_machine_that_built_it(library: str) -> None:
+    """Messages name sources as "resnet_fused/csrc/…" and "torch/include/…", wherever the library was built."""
+    for path in (library, str(extension.module().__file__)):
+        texts = re.findall(rb"[ -~]{6,}", Path(path).read_bytes())
+        for folder in (ROOT, TORCH.parent, Path(sysconfig.get_path("include")), Path.home()):
+            found = [text for text in texts if os.fsencode(folder) + b"/" in text]
+            assert not found, found[:5]
+    with pytest.raises(RuntimeError, match=r"resnet_fused/csrc/conv_bn_act/cpu\.cpp"):
+        torch.ops.resnet_fused_cpu.conv_bn_act(torch.zeros(1), [], [], None, False, torch.zeros(1))
 
 
 def test_importing_loads_no_compiled_library(library: str) -> None:

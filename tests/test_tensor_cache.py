@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import resnet_fused as rf
 from resnet_fused.ops import fingerprint, packed
 from resnet_fused.ops.fingerprint import Fingerprint, Glance, Watch
 from resnet_fused.ops.tensor_cache import CACHE, TensorCache
@@ -154,6 +155,22 @@ def test_inference_tensors_are_looked_at() -> None:
         assert CACHE.find("kind", (w,)) == "old"
         w.mul_(2)
         assert CACHE.find("kind", (w,)) is None
+
+
+def test_a_cast_made_in_inference_mode_serves_gradients() -> None:
+    w = weight().requires_grad_(False)
+    x = torch.randn(2, 16, 8, 8, requires_grad=True)
+    statistics = torch.zeros(32), torch.ones(32)
+
+    def run() -> Tensor:
+        return rf.conv_bn_act(x, w, None, None, *statistics, padding=1)
+
+    for _ in range(2):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            run()
+        with torch.autocast("cpu", torch.bfloat16):
+            run().float().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
 
 
 def test_tensors_of_other_classes_are_not_kept() -> None:

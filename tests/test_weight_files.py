@@ -36,8 +36,12 @@ GOOD = {"model": "resnet20", "size": 24, "classes": ["cat", "dog"], "data": "ima
 def trained(path: Path, **changes: object) -> Path:
     """A file as ``resnet-fused train`` writes it, of a network with two classes."""
     facts = {key: value for key, value in (GOOD | changes).items() if value is not None}
-    checkpoint.write(path, checkpoint.packed(rf.resnet20(num_classes=2).state_dict()), FACTS, facts)
+    write(path, checkpoint.packed(rf.resnet20(num_classes=2).state_dict()), FACTS, facts)
     return path
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], key: str, facts: dict[str, object]) -> None:
+    checkpoint.write(path, tensors, {key: json.dumps(facts)})
 
 
 def refused(path: Path, *told: str) -> None:
@@ -68,7 +72,7 @@ def test_a_file_runs_no_code(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("planted:net", "os:abort", "builtins:exit", "torch.hub:list", ":", "a:", ":b"):
-        refused(trained(path, model=name), "name the model yourself")
+        refused(trained(path, model=name), "another model must be named")
     assert "planted" not in sys.modules and not list(tmp_path.glob("planted.[rc]*"))
 
 
@@ -80,7 +84,7 @@ def test_a_file_runs_no_code(path, tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_file_names_builders_and_no_other_attribute(name, path):
     optional.needs("timm")
-    refused(trained(path, model=name), "name the model yourself")
+    refused(trained(path, model=name), "another model must be named")
 
 
 def test_a_file_does_not_name_what_others_have_registered(path, monkeypatch):
@@ -113,7 +117,7 @@ def test_known_models_are_loaded_by_name(spec, path):
         optional.needs("timm")
     model = recipe.models.load(spec)
     transfer.fit_head(model, 2)
-    checkpoint.write(path, checkpoint.packed(model.state_dict()), FACTS, GOOD | {"model": spec})
+    write(path, checkpoint.packed(model.state_dict()), FACTS, GOOD | {"model": spec})
     found = recipe.load(str(path)).model.state_dict()
     assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
 
@@ -181,7 +185,7 @@ def test_a_large_header_is_not_parsed(path):
 def test_no_flipped_bit_passes(path):
     """In a trained file and a run's checkpoint."""
     tensors = {"conv.weight": torch.randn(3, 3), "n": torch.tensor(5)}
-    checkpoint.write(path, tensors, FACTS, GOOD)
+    write(path, tensors, FACTS, GOOD)
     other = path.with_name("run.safetensors")
     checkpoint.save(other, Checkpoint(tensors, {"step": 3}))
     for file in (path, other):
@@ -328,7 +332,7 @@ def seeds() -> list[tuple[str, bytes]]:
     tensors = checkpoint.packed(small().state_dict())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        checkpoint.write(folder / "a.safetensors", tensors, FACTS, GOOD)
+        write(folder / "a.safetensors", tensors, FACTS, GOOD)
         run = {f"model.{n}": t for n, t in tensors.items()}
         checkpoint.save(folder / "b.safetensors", Checkpoint(run, {"step": 1}))
         save_file(tensors, folder / "c.safetensors")

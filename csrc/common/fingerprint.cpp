@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kLine = 64;       // bytes
 constexpr int64_t kLargeFrom = 256;  // lines
-constexpr int64_t kFew = 4, kMany = 16;
+constexpr int64_t kFew = 4, kMany = 8;
 
 // Odd multipliers, so that a change of one word alone always changes the sum.
 constexpr uint64_t kMultipliers[kLine / 8] = {0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb,

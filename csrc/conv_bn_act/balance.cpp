@@ -73,18 +73,23 @@ Found look_at_row(const Problem& p, const float* energies, int64_t row, std::vec
   return found;
 }
 
-inline float number(float value) { return value; }
-
-inline float number(uint16_t bfloat16) {
-  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+// An element of bfloat16 or float, at any address.
+inline float number(const char* at, bool bf16) {
   float value;
+  if (!bf16) {
+    std::memcpy(&value, at, sizeof value);
+    return value;
+  }
+  uint16_t half;
+  std::memcpy(&half, at, sizeof half);
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
 // The largest energy of a channel of one tile.
-template <class Element>
-float channel_energy(const Problem& p, int64_t tile) {
+float channel_energy(const Problem& p, bool bf16, int64_t tile) {
+  const int64_t bytes = bf16 ? 2 : 4;
   const int64_t row = tile / across(p);
   const Range rows = inside(row % down(p) * 2 - p.pad_height, p.height);
   const Range columns = inside(tile % across(p) * 2 - p.pad_width, p.width);
@@ -92,9 +97,9 @@ float channel_energy(const Problem& p, int64_t tile) {
   for (int64_t y = rows.begin; y < rows.end; ++y) {
     for (int64_t x = columns.begin; x < columns.end; ++x) {
       const int64_t pixel = (row / down(p) * p.height + y) * p.width + x;
-      const Element* const from = static_cast<const Element*>(p.x) + pixel * p.channels;
+      const char* const from = static_cast<const char*>(p.x) + pixel * p.channels * bytes;
       for (int64_t c = 0; c < p.channels; ++c) {
-        const float value = number(from[c]);
+        const float value = number(from + c * bytes, bf16);
         energy[c] += value * value;
       }
     }
@@ -123,8 +128,7 @@ bool balanced(const Problem& p, bool bf16, Energies* energies) {
     found.join(part);
   });
   if (!found.known || found.largest < kLeastEnergy || found.uneven >= kLargeShare * found.largest) return false;
-  const float channel = bf16 ? channel_energy<uint16_t>(p, found.tile) : channel_energy<float>(p, found.tile);
-  return channel <= kChannelShare * found.largest;
+  return channel_energy(p, bf16, found.tile) <= kChannelShare * found.largest;
 }
 
 }  // namespace rf::winograd

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib.util
+import json
 import math
 import os
 import sys
@@ -145,7 +146,7 @@ def train(args: argparse.Namespace, recipe: Recipe, world: World, device: torch.
     size = args.size or (min(size, 16) if args.data == DIGITS else size)
     data = load_data(args, channels, size)
     head = transfer.fit_head(model, len(data.classes))
-    resumed = open_folder(args.out, args.resume, world, transfer.largest_file(model))
+    resumed = open_folder(args.out, args.resume, world)
     if args.init is not None and resumed is None:
         loaded = transfer.load_weights(model, args.init, head)
         out.print(f"weights of {args.init}" + ("" if loaded else f", but {head}, which is new"), markup=False)
@@ -180,8 +181,8 @@ def train(args: argparse.Namespace, recipe: Recipe, world: World, device: torch.
     model.load_state_dict(network.state_dict())
     if world.first:
         kind = DIGITS if args.data == DIGITS else "images"
-        facts = {"model": args.model, "size": size, "classes": data.classes, "data": kind}
-        checkpoint.write(args.out / WEIGHTS, checkpoint.packed(model.state_dict()), checkpoint.FACTS, facts)
+        facts = json.dumps({"model": args.model, "size": size, "classes": data.classes, "data": kind})
+        checkpoint.write(args.out / WEIGHTS, checkpoint.packed(model.state_dict()), {checkpoint.FACTS: facts})
     final = compare(trainer, model.to(device).eval())
     if world.first:
         tell(args, trainer, final, out, time.perf_counter() - begun)
@@ -219,10 +220,8 @@ def probe_synchronised(network: nn.Module, shape: tuple[int, ...]) -> None:
         raise UserError(f"--sync-batchnorm: on a CPU in fused blocks alone: {error}") from error
 
 
-def open_folder(
-    folder: Path, resume: bool, world: World, most: int
-) -> tuple[Path, checkpoint.Checkpoint, list[str]] | None:
-    """Make ``folder``; the checkpoint to go on from, of at most ``most`` bytes, read by the first process for all.
+def open_folder(folder: Path, resume: bool, world: World) -> tuple[Path, checkpoint.Checkpoint, list[str]] | None:
+    """Make ``folder``; the checkpoint to go on from, read by the first process for all.
 
     Raises:
         UserError: ``folder`` holds a run that was not asked for, or cannot be made.
@@ -237,7 +236,7 @@ def open_folder(
                 raise UserError(
                     f"{folder} holds a run, at step {there[0][0]}: go on with --resume, or name another --out"
                 )
-            result = checkpoint.newest(folder, most)
+            result = checkpoint.newest(folder)
         except OSError as error:
             result = UserError(f"--out {folder}: {error.strerror}")
         except Exception as error:

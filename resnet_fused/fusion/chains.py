@@ -58,6 +58,8 @@ def analyse(module: nn.Module, backend: str = backends.AUTO, wanted: Any = None)
         expand = _expandable(module, traces[0].graph)
         if expand:
             traces = trace(module, expand)
+        if any(_writes_argument(node) for traced in traces for node in traced.graph.nodes):
+            raise Untraceable("its forward writes to an argument, where the caller would see another rounding")
     except Untraceable as error:
         return Analysis(_might_have_been(module, str(error)))
     found: dict[str, Found] = {}
@@ -128,6 +130,18 @@ def _is_add(node: Any) -> bool:
     return node.target in (_ADDS if node.op == "call_function" else ("add", "add_") if node.op == "call_method" else ())
 
 
+def _writes_argument(node: fx.Node) -> bool:
+    """Whether an operation in place has an argument of the forward on its left."""
+    name = str(getattr(node.target, "__name__", node.target))
+    written = node.args[0] if node.op in ("call_function", "call_method") and node.args else None
+    return isinstance(written, fx.Node) and written.op == "placeholder" and _writes(name)
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of this name writes to its first argument."""
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+
+
 def _adds_in_place(node: fx.Node) -> bool:
     return node.target in (operator.iadd, "add_")
 
@@ -152,6 +166,9 @@ class _Rewriter:
         self.backend, self.wanted = backend, wanted
         self.found: list[Found] = []
         self.chains: list[Chain] = []
+        self.alone: set[str] = set(traced.expanded)
+        self.given_format = _format_matters(module, self.graph)
+        self.tensors = {str(n.target).rpartition(".")[0] for n in self.graph.nodes if n.op == "get_attr"}
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -169,8 +186,8 @@ class _Rewriter:
             used |= set(getattr(constant, "co_names", ()))
         symbols = tuple((name, _importable(value)) for name, value in sorted(code.globals.items()) if name in used)
         t = self.traced
-        containers = tuple(map(path, sorted(t.expanded)))
-        return Plan(code.src, symbols, t.names, t.types, t.reads, containers, tuple(self.chains))
+        alone = tuple(map(path, sorted(self.alone)))
+        return Plan(code.src, symbols, t.names, t.types, t.reads, alone, tuple(self.chains), t.globals)
 
     def convolution(self, node: fx.Node) -> None:
         """A convolution and what follows it."""
@@ -187,17 +204,26 @@ class _Rewriter:
             reason = f"{conv_name} or {norm_name} is called with more than one tensor"
         if reason is None and any(n.target == norm.target for n in _between(node, norm)):
             reason = f"{norm_name} is used for something else between"
+        if reason is None and self.tensors & {conv_name, norm_name}:
+            reason = f"its forward also uses tensors of {conv_name} or {norm_name} by themselves"
         act, last, residual, note = self._tail(node, norm)
+        between = [n for n in _between(node, last) if n.op == "call_module" and n not in (norm, last)]
+        if reason is None:
+            reason = next((r for n in between if (r := self._shares(n, conv, norm_module))), None)
         act_path = path(str(last.target)) if isinstance(act, nn.Module) else None
         chain = Chain(CONV, conv_name, path(conv_name), path(norm_name), act_path, note)
         if not self._take(chain, conv, reason):
             return
+        if between:  # the order of the calls changes: nobody may see it
+            self.alone.update(str(n.target) for n in (node, norm, *between, last) if n.op == "call_module")
         with self.graph.inserting_before(node if residual is None else residual[0]):
             arguments = [self.graph.get_attr(conv_name), self.graph.get_attr(norm_name)]
             activation = act if isinstance(act, str) else self.graph.get_attr(str(last.target))
-            backend = self.graph.get_attr("_rf_state.backend")
+            state = self.graph.get_attr("_rf_state")
             term = None if residual is None else residual[1]
-            fused = self.graph.call_function(conv_norm_act, (node.args[0], *arguments, activation, term, backend))
+            inplace = residual is not None and _adds_in_place(residual[0])
+            options = (term, inplace, state, self.given_format)
+            fused = self.graph.call_function(conv_norm_act, (node.args[0], *arguments, activation, *options))
         self._replace(last, fused, [norm, node] if residual is None else [residual[0], norm, node])
 
     def _tail(self, conv: fx.Node, norm: fx.Node) -> tuple[Any, fx.Node, tuple[fx.Node, fx.Node] | None, str]:
@@ -216,7 +242,7 @@ class _Rewriter:
             other: Any = user.args[1] if user.args[0] is norm else user.args[0]
             kept = user.args[0] is norm or not _adds_in_place(user)  # else the sum is written into the other term
             watched = isinstance(act, nn.Module) and parts.touched(act)
-            if act is not None and kept and not watched and _private(self.module, conv.args[0]):
+            if act is not None and kept and not watched and self._private(conv.args[0]):
                 return act, last, (user, other), ""
         if user.op == "call_module" and len(user.args) == 1:
             follower = self.module.get_submodule(str(user.target))
@@ -237,7 +263,7 @@ class _Rewriter:
             reason = "the sum is used by something else too"
         elif isinstance(act, nn.Module) and parts.touched(act):
             reason = watched_reason(act, str(relu.target))
-        elif inplace and not _private(self.module, a):
+        elif inplace and not self._private(a):
             reason = f"the sum is written into {a}, which is used by something else too"
         elif self.backend != backends.AUTO and backends.implementation(SUM, self.backend) is None:
             reason = f"{self.backend} has no {SUM}"
@@ -246,9 +272,8 @@ class _Rewriter:
             return
         with self.graph.inserting_before(node):
             activation = act if isinstance(act, str) else self.graph.get_attr(str(relu.target))
-            fused = self.graph.call_function(
-                sum_relu, (a, b, activation, inplace, self.graph.get_attr("_rf_state.backend"))
-            )  # fmt: skip
+            state = self.graph.get_attr("_rf_state")
+            fused = self.graph.call_function(sum_relu, (a, b, activation, inplace, state))
         self._replace(relu, fused, [node])
 
     def _take(self, chain: Chain, module: nn.Module, reason: str | None) -> bool:
@@ -262,6 +287,41 @@ class _Rewriter:
         last.replace_all_uses_with(fused)
         for node in dict.fromkeys([last, *inner]):
             self.graph.erase_node(node)
+
+    def _shares(self, node: fx.Node, *chain: nn.Module) -> str | None:
+        """Why ``node`` must keep its place among the calls of these modules."""
+        tensors = {id(t) for m in chain for t in (*m.parameters(), *m.buffers())}
+        other = self.module.get_submodule(str(node.target))
+        if any(id(t) in tensors for t in (*other.parameters(), *other.buffers())) or other in chain:
+            return f"{node.target}, called between, uses the same tensors"
+        return None
+
+    def _private(self, node: Any) -> bool:
+        """Whether nothing else can see the memory of this value: used once, and no name of an argument's.
+
+        Hooks could keep it: the modules that make it are noted as ``alone``.
+        """
+        if not isinstance(node, fx.Node) or len(node.users) != 1 or node.op in ("placeholder", "get_attr"):
+            return False
+        if node.op == "call_function" and node.target in (conv_norm_act, sum_relu, operator.add):
+            modules = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr" and n.target != "_rf_state"]
+            self.alone.update(name for name in modules if self._is_module(name))
+            return True
+        if node.op == "call_module":
+            cls = type(self.module.get_submodule(str(node.target)))
+            if cls not in (*_FRESH, nn.ReLU):
+                return False
+            self.alone.add(str(node.target))
+            if cls in _FRESH:
+                return True
+        return bool(node.all_input_nodes) and all(self._private(n) for n in node.all_input_nodes)
+
+    def _is_module(self, name: str) -> bool:
+        try:
+            self.module.get_submodule(name)
+        except AttributeError:  # a parameter or buffer
+            return False
+        return True
 
     def _is_norm(self, node: fx.Node) -> bool:
         if node.op != "call_module":
@@ -280,15 +340,32 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 _FRESH = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.AvgPool2d, nn.MaxPool2d)
 
 
-def _private(module: nn.Module, node: Any) -> bool:
-    """Whether nothing else in the graph can see the memory of this value: used once, and no name of an argument's."""
-    if not isinstance(node, fx.Node) or len(node.users) != 1 or node.op in ("placeholder", "get_attr"):
-        return False
-    if node.op == "call_function" and node.target in (conv_norm_act, sum_relu, operator.add):
+_VIEWS = {"view", "as_strided", "stride", "storage_offset", "data_ptr", "storage", "untyped_storage", "set_", "unfold"}
+# They draw their numbers in the order of memory.
+_RANDOM = {"rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_", "uniform_", "normal_", "random_"} | {
+    "dropout", "dropout_", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "rrelu",
+    "exponential_", "cauchy_", "log_normal_", "geometric_", "gumbel_softmax",
+}  # fmt: skip
+_MAY_COPY = {"reshape", "flatten", "contiguous", "ravel", "reshape_as", "unflatten"}
+
+
+def _format_matters(module: nn.Module, graph: fx.Graph) -> bool:
+    """Whether strides may decide what a forward does: views fail, and views that become copies are written apart.
+
+    Random numbers come in the order of memory too.
+    """
+    names = {str(getattr(n.target, "__name__", n.target)) for n in graph.nodes if n.op.startswith("call_")}
+    calls = [n for n in graph.nodes if n.op == "call_module"]
+    names |= {
+        "rand_like" for n in calls if isinstance(module.get_submodule(str(n.target)), nn.modules.dropout._DropoutNd)
+    }
+    names |= {"flatten" for n in calls if isinstance(module.get_submodule(str(n.target)), nn.Flatten)}
+    if names & (_VIEWS | _RANDOM):
         return True
-    if node.op == "call_module" and type(module.get_submodule(str(node.target))) in _FRESH:
-        return True
-    return all(_private(module, n) for n in node.all_input_nodes)
+    return any(map(_writes, names)) and bool(names & _MAY_COPY)
+
+
+_WRITES = {"setitem"} | {f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
 
 
 def _importable(value: Any) -> str:

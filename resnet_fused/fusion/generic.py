@@ -57,14 +57,17 @@ def generic_entries(
     for name, module in _owners(model, taken):
         fused = module if isinstance(module, FusedForward) else None
         by = backend or (backends.AUTO if fused is None else fused._rf_state.backend)
-        planned = {c.name for plan in fused._rf_state.plans for c in plan.chains} if fused else set()
-        stale = next((r for plan in fused._rf_state.plans if (r := plan.refusal(module))), None) if fused else None
+        plans = () if fused is None else fused._rf_state.plans  # a module may have a length of 0
+        planned = {c.name for plan in plans for c in plan.chains}
+        stale = next((r for plan in plans if (r := plan.refusal(module))), None)
         for item in analyse(module, by).found:
             chain, label = item.chain, _label(name, item.chain)
             conv = None if chain.conv is None else find(module, chain.conv)
             reason = item.reason or stale
             if reason is None and chain.name not in planned:
-                asked = backend is not None and (filter_fn is None or filter_fn(label, conv or module))
+                asked = backend is not None and (
+                    filter_fn is None or filter_fn(label, module if conv is None else conv)
+                )
                 reason = None if asked else NOT_FUSED
             if reason is None:
                 entry = FusionEntry(label, chain.kind, FUSED, chain.note, _backend(module, chain, by))

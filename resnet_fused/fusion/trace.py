@@ -14,6 +14,7 @@ import enum
 import gc
 import inspect
 import math
+import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -26,8 +27,9 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from resnet_fused.fusion import allowed
 from resnet_fused.modules.base import original_class
-from resnet_fused.modules.traced import PRESENT, Read
+from resnet_fused.modules.traced import METHOD, TENSOR, Child, Read, Rebindable, lookup
 
 
 class Untraceable(Exception):
@@ -39,24 +41,21 @@ class Trace:
     """A forward as a graph, and what must hold for it to stand for that forward.
 
     names are the arguments'; types are what each must be at run time, None where only None is ruled out; reads are the
-    attributes that the forward looked at, with the values that they had; expanded are the submodules whose own forward
-    is part of the graph.
+    attributes that the forward looked at, with the values that they had; globals are the names outside of it, of
+    functions as a rule, with what they stood for; expanded are the submodules whose own forward is part of the graph.
     """
 
     graph: fx.Graph
     names: tuple[str, ...]
     types: tuple[type | tuple[type, ...] | None, ...]
     reads: tuple[Read, ...]
+    globals: tuple[Rebindable, ...]
     expanded: frozenset[str]
 
 
 _LOCK = threading.RLock()  # torch.fx patches nn.Module while it traces
 
 _MODULES = {"torch", "torch.nn", "torch.nn.functional", "torch.jit", "math", "operator"}
-_BUILTINS = {
-    "abs", "bool", "dict", "enumerate", "float", "int", "isinstance", "len", "list", "max", "min", "range", "reversed",
-    "sorted", "str", "sum", "super", "tuple", "zip", "__debug__",
-}  # fmt: skip
 _BLOCKED = {"checkpoint", "get_default_dtype", "get_autocast_dtype", "initial_seed", "hasattr", "getattr", "setattr"}
 _EFFECTS = {
     "STORE_ATTR": "writes an attribute", "DELETE_ATTR": "deletes an attribute", "STORE_GLOBAL": "writes a global",
@@ -92,6 +91,8 @@ def trace(module: nn.Module, expand: frozenset[str] = frozenset()) -> tuple[Trac
     forward = own_forward(module)
     if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
         raise Untraceable("its forward is decorated or no plain function")
+    if original_class(module) is not None and forward is not vars(type(module)).get("_rf_original_forward", forward):
+        raise Untraceable("its forward was replaced since it was fused")
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters):
         raise Untraceable("its forward takes a variable number of arguments")
@@ -117,12 +118,25 @@ def _trace(
             text = str(error).strip().split("\n")[0]
             raise Untraceable(f"its forward cannot be traced ({type(error).__name__}: {text})") from error
     types = tuple(((Tensor if kind is Tensor else (list, tuple)) if n in tracer.asked else None) for n in names)
-    reads = [Read((), "_modules", tuple(module._modules))]
+    reads = [Read((), "_modules", tuple(module._modules)), *_places(module, graph)]
     reads += [read for read in seen.reads.values() if read not in reads]
     for name in sorted(expand):
         path = tuple(name.split("."))
         reads.append(Read(path, "_modules", tuple(module.get_submodule(name)._modules)))
-    return Trace(graph, names, types, tuple(dict.fromkeys(reads)), expand), bool(tracer.asked)
+    reads = [read for n, read in enumerate(reads) if read not in reads[:n]]
+    return Trace(graph, names, types, tuple(reads), tuple(seen.globals.values()), expand), bool(tracer.asked)
+
+
+def _places(module: nn.Module, graph: fx.Graph) -> list[Read]:
+    """That each module which the graph names is still found under that name, and of the same class."""
+    found = []
+    for node in graph.nodes:
+        if node.op == "call_module":
+            *above, key = str(node.target).split(".")
+            path = (*above, key)
+            child = module.get_submodule(str(node.target))
+            found.append(Read(tuple(above), key, Child(path, original_class(child) or type(child))))
+    return found
 
 
 class _Value(fx.Proxy):
@@ -137,6 +151,36 @@ class _Value(fx.Proxy):
     @__class__.setter
     def __class__(self, value: Any) -> None:
         raise TypeError("the class of a traced value cannot be set")
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator that writes into its first operand, as a node of its own: fx would record one that does not."""
+
+    def record(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+):
+    setattr(_Value, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
 class _Tracer(fx.Tracer):
@@ -166,6 +210,8 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(type(a) in (list, dict, set) for a in (*args, *kwargs.values())):
             raise Untraceable("its forward hands a list or dict to a submodule, which may change it")
+        if type(m).__call__ is not nn.Module.__call__:
+            raise Untraceable(f"{type(m).__name__} has a __call__ of its own")
         if self.path_of_module(m) in self.expand:
             return own_forward(m)(m, *args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
@@ -209,32 +255,108 @@ class _Seen:
         self.reads: dict[tuple[int, str], Read] = {}
         self.allowed: set[CodeType] = set()
         self.inner: set[CodeType] = set()
+        self.known: set[CodeType] = set()
+        self.globals: dict[tuple[int, str], Rebindable] = {}
 
     def read(self, module: nn.Module, name: str, value: Any) -> None:
         """Note a read; raise where its value cannot be compared later."""
         path = self.paths.get(id(module))
-        if name.startswith("__") or isinstance(value, (Tensor, fx.Proxy)):
+        if name.startswith("__") or isinstance(value, fx.Proxy):
             return
         if path is None:
             raise Untraceable(f"its forward reads {name} of a module outside of it")
-        if isinstance(value, MethodType) and name not in module.__dict__:
-            return
-        if isinstance(value, nn.Module):
-            self.reads[id(module), name] = Read(path, name, PRESENT)
+        if isinstance(value, Tensor):
+            self.reads[id(module), name] = Read(path, name, TENSOR)
+        elif isinstance(value, MethodType) and name not in module.__dict__:
+            if _in_torch(value.__func__.__module__ or "") and value.__func__.__code__ not in allowed.codes():
+                raise Untraceable(f"its forward uses {name} of a module")
+            self.reads[id(module), name] = Read(path, name, METHOD)
+        elif isinstance(value, nn.Module):
+            if id(value) not in self.paths:
+                raise Untraceable(f"its forward reads {name}, a module outside of it")
+            child = Child(self.paths[id(value)], original_class(value) or type(value))
+            self.reads[id(module), name] = Read(path, name, child)
             if isinstance(value, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and id(value) in self.paths:
-                self.reads[id(value), "_modules"] = Read(self.paths[id(value)], "_modules", tuple(value._modules))
+                self._container(value)
         elif _plain(value) or isinstance(value, (FunctionType, BuiltinFunctionType)):
             self.reads[id(module), name] = Read(path, name, value)
+            if isinstance(value, FunctionType):
+                self._follow(value)
         else:
             raise Untraceable(f"its forward reads {name}, a {type(value).__name__}")
 
-    def call(self, code: CodeType, globals_: dict[str, Any]) -> None:
+    def _container(self, module: nn.Module) -> None:
+        """A forward may go through a container's children and ask each for its class."""
+        path = self.paths[id(module)]
+        self.reads[id(module), "_modules"] = Read(path, "_modules", tuple(module._modules))
+        for key, child in module._modules.items():
+            if child is not None:
+                place = Child(self.paths[id(child)], original_class(child) or type(child))
+                self.reads[id(module), key] = Read(path, key, place)
+
+    def _follow(self, function: FunctionType) -> None:
+        """Allow a function of the user's to be called; its code is checked when it runs."""
+        if _in_torch(function.__module__ or ""):
+            return
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        if not all(_plain(d) or callable(d) for d in defaults):
+            raise Untraceable(f"{function.__name__} keeps a value between its calls, as a default")
+        self.known.add(function.__code__)
+
+    def method(self, frame: Any) -> None:
+        """Note which attribute of a module's class the function is that is about to run."""
+        code = frame.f_code
+        owner: Any = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if not issubclass(type(owner), nn.Module) or code.co_name == "<lambda>":  # no isinstance: a value answers it
+            return
+        if code.co_name == "__call__":
+            raise Untraceable(f"{type(owner).__name__} has a __call__ of its own")
+        cls = original_class(owner) or type(owner)
+        for base in cls.__mro__:
+            for name, value in vars(base).items():
+                function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+                if getattr(function, "__code__", None) is code:
+                    self._follow(function)
+                    reached = cls if lookup(cls, name) is value else base
+                    self.globals[id(reached), name] = Rebindable(reached, name, value)
+                    return
+
+    def names(self, code: CodeType, globals_: dict[str, Any]) -> None:
+        """Note what the names in ``code`` stand for: someone may bind them anew."""
+        owner: Any = None
+        space: Any
+        for instruction in dis.get_instructions(code):
+            name, argument = instruction.opname, instruction.argval
+            if name in ("LOAD_GLOBAL", "LOAD_NAME"):
+                owner, space = globals_, globals_
+            elif name in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(owner, (ModuleType, type)):
+                space = owner if isinstance(owner, type) else vars(owner)
+            else:
+                owner = None
+                continue
+            value = lookup(space, argument)
+            self.globals[id(space), argument] = Rebindable(space, argument, value)
+            if isinstance(value, ModuleType) and value.__name__ not in _MODULES:
+                raise Untraceable(f"{code.co_name} uses {value.__name__}")
+            if isinstance(owner, ModuleType) and callable(value) and not allowed.named(value):
+                raise Untraceable(f"{code.co_name} uses {argument}")
+            if isinstance(value, FunctionType):
+                self._follow(value)
+            owner = value
+
+    def call(self, frame: Any) -> None:
         """Raise when a function about to run is not allowed to."""
+        code, globals_ = frame.f_code, frame.f_globals
+        if code not in self.inner:
+            self.method(frame)
         if code in self.allowed:
             return
+        if code not in self.known and code not in self.inner:
+            raise Untraceable(f"{code.co_name} is called in a way that cannot be followed")
         problem = _hazard(code, globals_, code in self.inner)
         if problem is not None:
             raise Untraceable(f"{code.co_name} {problem}")
+        self.names(code, globals_)
         self.allowed.add(code)
         self.inner.update(c for c in code.co_consts if isinstance(c, CodeType))
 
@@ -266,12 +388,20 @@ def _watching(module: nn.Module) -> Iterator[_Seen]:
 
     def called(frame: Any, event: str, argument: Any) -> None:
         name = frame.f_globals.get("__name__", "")
+        if event == "c_call" and frame.f_code in seen.allowed and not allowed.builtin_call(argument):
+            raise Untraceable(f"its forward calls {getattr(argument, '__name__', argument)}")
         if event != "call":
             return
         if name in _CONTEXTS and frame.f_back is not None and frame.f_back.f_code in seen.allowed:
             raise Untraceable(f"its forward runs a part of itself through {name}")
         if not _quiet(frame) and not _in_library(frame.f_back):  # Python's import hooks are nobody's forward
-            seen.call(frame.f_code, frame.f_globals)
+            seen.call(frame)
+        elif (
+            frame.f_back is not None
+            and frame.f_back.f_code in seen.allowed
+            and not allowed.library_call(frame.f_code, name)
+        ):
+            raise Untraceable(f"its forward calls {frame.f_code.co_name} of {name}")
 
     nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign,assignment]
     nn.Module.__getattr__ = getattr_  # type: ignore[method-assign]
@@ -308,8 +438,12 @@ def _hazard(code: CodeType, globals_: dict[str, Any], inner: bool) -> str | None
     """What in a function that ran could make it do otherwise another time."""
     if not inner and set(code.co_freevars) - {"__class__"}:
         return "is a closure"
+    previous = ""
     for instruction in dis.get_instructions(code):
-        name, argument = instruction.opname, instruction.argval
+        name, argument, before = instruction.opname, instruction.argval, previous
+        previous = name
+        if name == "IS_OP" and before != "LOAD_CONST":
+            return "asks whether two values are the same object"
         if name in _EFFECTS and not (name == "YIELD_VALUE" and inner):
             return _EFFECTS[name]
         if name in ("LOAD_GLOBAL", "LOAD_NAME"):
@@ -318,7 +452,7 @@ def _hazard(code: CodeType, globals_: dict[str, Any], inner: bool) -> str | None
             builtin = found is missing
             known = getattr(builtins, argument, None)
             error = isinstance(known, type) and issubclass(known, Exception)
-            if builtin and argument not in _BUILTINS and not error:
+            if builtin and argument not in allowed.BUILTINS and not error:
                 return f"uses {argument}"
             if not builtin and not _allowed(found):
                 return f"uses {argument}"

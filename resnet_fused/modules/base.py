@@ -43,7 +43,7 @@ class FusedModule(nn.Module):
     def _rf_refresh(self) -> None:
         """Drop what backends packed from this module's tensors.
 
-        Needed only after writes that PyTorch does not count: through ``.data``, or into inference tensors' storage.
+        Needed only after writes that neither PyTorch counts nor a look at some elements finds: :func:`refresh`.
         """
         packed.drop(tuple(t for part in self._rf_parts() for t in (*part.parameters(), *part.buffers())))
 
@@ -63,7 +63,11 @@ class FusedModule(nn.Module):
 
 
 def refresh(model: nn.Module) -> None:
-    """Drop what backends packed from the fused modules in ``model``: after writes through ``.data``."""
+    """Drop what backends packed from the fused modules in ``model``.
+
+    Needed after two kinds of writes, which may hide for some calls otherwise: single elements written in a way that
+    PyTorch does not count (through ``.data``, numpy or another process), and, on a GPU, whole tensors so written.
+    """
     for module in model.modules():
         if isinstance(module, FusedModule):
             module._rf_refresh()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from resnet_fused import backends
 from resnet_fused.modules import parts
@@ -19,7 +19,16 @@ from resnet_fused.modules.spec import BlockSpec, FusedState, Path, find
 from resnet_fused.ops.add_relu import api as add_relu
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 
-PRESENT = nn.Module  # stands in a Read for an attribute that is a submodule, whichever
+METHOD = "<method>"  # stands in a Read for a method of the class: nothing on the instance may hide it
+TENSOR = Tensor  # stands in a Read for any tensor
+_MISSING = object()
+
+
+class Child(NamedTuple):
+    """Stands in a Read for the submodule at ``path``, which had the class ``cls`` before it was fused."""
+
+    path: Path
+    cls: type
 
 
 class Read(NamedTuple):
@@ -28,6 +37,24 @@ class Read(NamedTuple):
     path: Path
     name: str
     value: Any
+
+
+class Rebindable(NamedTuple):
+    """A name outside of a forward, in a module's namespace or a class, and what it stood for."""
+
+    space: Any
+    name: str
+    value: Any
+
+
+def lookup(space: Any, name: str) -> Any:
+    """What ``name`` stands for in a namespace, or what a class holds under it, itself or from a base."""
+    if isinstance(space, dict):
+        return space.get(name, _MISSING)
+    for base in space.__mro__:
+        if name in vars(base):
+            return vars(base)[name]
+    return _MISSING
 
 
 class Chain(NamedTuple):
@@ -46,8 +73,9 @@ class Plan:
     """A traced forward as source text, and when it stands for the module's own.
 
     names are the arguments that it takes, types what each has to be (None: anything but None); reads have to hold;
-    containers are submodules whose own forward is part of it, so nobody may watch them; symbols are the functions that
-    the text uses, by the names that it has for them. It holds no module and no tensor: copies share it.
+    alone are submodules that nobody may watch, since their own forward is part of it or the order of their calls is
+    another; symbols are the functions that the text uses, by the names that it has for them. globals have to stand for
+    what they stood for. It holds no module and no tensor: copies share it. Pickles leave globals out.
     """
 
     source: str
@@ -55,8 +83,9 @@ class Plan:
     names: tuple[str, ...]
     types: tuple[Any, ...]
     reads: tuple[Read, ...]
-    containers: tuple[Path, ...]
+    alone: tuple[Path, ...]
     chains: tuple[Chain, ...]
+    globals: tuple[Rebindable, ...] = field(default=(), repr=False)
     function: Callable[..., Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -69,7 +98,7 @@ class Plan:
 
     def __reduce__(self) -> Any:
         return Plan, (
-            self.source, self.symbols, self.names, self.types, self.reads, self.containers, self.chains,
+            self.source, self.symbols, self.names, self.types, self.reads, self.alone, self.chains,
         )  # fmt: skip
 
     def refusal(self, module: nn.Module) -> str | None:
@@ -80,17 +109,26 @@ class Plan:
                 return f"{'.'.join(path)} is gone"
             if name == "_modules":
                 holds = tuple(owner._modules) == value
-            elif value is PRESENT:
-                holds = isinstance(getattr(owner, name, None), nn.Module)
+            elif isinstance(value, Child):
+                now = find(module, value.path)
+                holds = now is not None and getattr(owner, name, None) is now and _class(now) is value.cls
+            elif value is TENSOR:
+                holds = isinstance(getattr(owner, name, None), Tensor)
+            elif value is METHOD:
+                holds = name not in owner.__dict__
             else:
                 now = getattr(owner, name, None)
                 holds = type(now) is type(value) and now == value
             if not holds:
                 return f"{'.'.join((*path, name))} is not what it was when its forward was traced"
-        for path in self.containers:
-            container = find(module, path)
-            if container is None or parts.touched(container):
+        for path in self.alone:
+            part = find(module, path)
+            if part is None or parts.touched(part):
                 return f"{'.'.join(path)} has hooks"
+        if not torch.compiler.is_compiling():  # a compiler would look into each of the namespaces
+            for space, name, value in self.globals:
+                if lookup(space, name) is not value:
+                    return f"{name} is not what it was when its forward was traced"
         return None
 
 
@@ -105,14 +143,14 @@ class FusedForward(FusedModule):
     """A module that runs the first of its plans that stands for its own forward at this call, or else that forward."""
 
     _rf_state: TracedState
-    _rf_original_forward: Callable[..., Any]
+    _rf_original_class: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for plan in self._rf_state.plans:
             given = _arguments(plan, args, kwargs)
             if given is not None and not parts.watched() and plan.refusal(self) is None:
                 return plan.function(self, *given)
-        return self._rf_original_forward(*args, **kwargs)
+        return self._rf_original_class.forward(self, *args, **kwargs)
 
     def _rf_parts(self) -> Iterable[nn.Module]:
         paths = [path for plan in self._rf_state.plans for c in plan.chains for path in (c.conv, c.norm) if path]
@@ -122,46 +160,68 @@ class FusedForward(FusedModule):
 NO_SPEC = BlockSpec(())
 
 
+def _class(module: nn.Module) -> type:
+    """The class that ``module`` had before it was fused."""
+    return getattr(type(module), "_rf_original_class", type(module))
+
+
 def _arguments(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     """The arguments in the plan's order, or None where they are others than it takes."""
-    if len(args) + len(kwargs) != len(plan.names):
+    if len(args) + len(kwargs) != len(plan.names) or _tracing():
         return None
     for name in plan.names[len(args) :]:
         if name not in kwargs:
             return None
         args = (*args, kwargs[name])
     for value, wanted in zip(args, plan.types, strict=True):
-        if value is None or (wanted is not None and not isinstance(value, wanted)):
+        if value is None or isinstance(value, fx.Proxy) or (wanted is not None and not isinstance(value, wanted)):
             return None
     return args
 
 
+def _tracing() -> bool:
+    """Whether torch.jit.trace is writing down one run, which a later change of mode must not find in it."""
+    return torch.jit.is_tracing() and not torch.compiler.is_compiling()  # type: ignore[attr-defined,no-untyped-call]
+
+
 def conv_norm_act(
-    x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module | str, residual: Tensor | None, backend: str
+    x: Tensor,
+    conv: nn.Module,
+    norm: nn.Module,
+    act: nn.Module | str,
+    residual: Tensor | None,
+    inplace: bool,
+    state: FusedState,
+    given_format: bool,
 ) -> Tensor:
-    """``act(norm(conv(x)) + residual)``, as one op where that may be; act is a module, "relu" or "none"."""
+    """``act(norm(conv(x)) + residual)``, as one op where that may be; act is a module, "relu" or "none".
+
+    inplace: the sum is ``+=``, which neither promotes nor broadcasts. given_format: the format of x is kept, whatever
+    the state says.
+    """
     name = act if isinstance(act, str) else "relu"
     if (isinstance(act, str) or parts.plain_relu(act)) and parts.bypassable(conv, norm):
         pair = parts.read(conv, norm)  # type: ignore[arg-type]
         if pair is not None and x.dim() == 4:
             shape = (x.shape[0], pair.weight.shape[0], *pair.output_size(*x.shape[2:]))
-            if residual is None or (residual.shape == shape and _one_dtype(residual, x)):
-                return conv_bn_act.call_op(x, pair, residual, name, backend)
+            if residual is None or (residual.shape == shape and _one_dtype(residual, x, inplace)):
+                x = parts.feature_map(x, [pair], state.channels_last and not given_format)
+                return conv_bn_act.call_op(x, pair, residual, name, state.backend)
         # A sum that is not in place promotes, so dtypes must be one from the start.
         alike = residual is None or (residual.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type))
         if pair is None and alike:
-            return parts.batch_statistics_step(x, conv, norm, name, residual, backend)
+            return parts.batch_statistics_step(x, conv, norm, name, residual, state.backend)
     y: Tensor = norm(conv(x))
     if residual is not None:
-        y = y + residual
+        y = operator.iadd(y, residual) if inplace else y + residual
     return _activate(y, act)
 
 
-def sum_relu(a: Tensor, b: Tensor, act: nn.Module | str, inplace: bool, backend: str) -> Tensor:
+def sum_relu(a: Tensor, b: Tensor, act: nn.Module | str, inplace: bool, state: FusedState) -> Tensor:
     """``act(a + b)``, as one op where that may be; ``inplace``: the sum may be written into ``a``."""
     if (isinstance(act, str) or parts.plain_relu(act)) and _addable(a, b, inplace):
-        if backend != backends.AUTO or add_relu.candidates(a)[0] != "reference":
-            return add_relu.OP(a, b, backend)  # type: ignore[no-any-return]
+        if state.backend != backends.AUTO or add_relu.candidates(a)[0] != "reference":
+            return add_relu.call_op(a, b, state.backend)
         return torch.relu_(operator.iadd(a, b) if inplace else a + b)
     return _activate(operator.iadd(a, b) if inplace else a + b, act)
 
@@ -172,8 +232,11 @@ def _activate(y: Tensor, act: nn.Module | str) -> Tensor:
     return act(y)  # type: ignore[no-any-return]
 
 
-def _one_dtype(residual: Tensor, x: Tensor) -> bool:
-    return residual.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+def _one_dtype(residual: Tensor, x: Tensor, inplace: bool) -> bool:
+    """Whether the op's sum has eager's dtype; under autocast it promotes."""
+    if torch.is_autocast_enabled(x.device.type):
+        return not inplace or residual.dtype == torch.get_autocast_dtype(x.device.type)
+    return residual.dtype == x.dtype
 
 
 def _addable(a: Tensor, b: Tensor, inplace: bool) -> bool:

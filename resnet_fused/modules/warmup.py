@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.ops import packed
+
 
 def warmup(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Run ``model(*args, **kwargs)`` once, for what is kept of it: compiled kernels, packed weights, memory.
@@ -19,8 +21,8 @@ def warmup(model: nn.Module, *args: Any, **kwargs: Any) -> None:
 
     Equivalent to::
 
-        with torch.no_grad(), packed.at_once():
-            model(*args, **kwargs)
+        with torch.no_grad():
+            model(*args, **kwargs)      # and again, as weights are packed at the second call with them
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -35,7 +37,7 @@ def warmup(model: nn.Module, *args: Any, **kwargs: Any) -> None:
             side.wait_stream(torch.cuda.current_stream(device))
             sides.append((side, torch.cuda.current_stream(device)))
             stack.enter_context(torch.cuda.stream(side))
-        with torch.no_grad():
+        with torch.no_grad(), packed.at_once():
             model(*args, **kwargs)
         for side, current in sides:
             current.wait_stream(side)

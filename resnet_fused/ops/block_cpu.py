@@ -74,7 +74,9 @@ def bind_cpu(call: BlockCall) -> _Bound:
         x, identity = _channels_last(now)
         out = torch.empty(out_shape, dtype=dtype, memory_format=torch.channels_last)
         if not op(x, *arguments, projects, identity, out, size):
-            op(x, *_joined([step.exact() for step in steps]), projects, identity, out, size)
+            now_convs = now.convs if now.shortcut is None else (*now.convs, now.shortcut)
+            exact = [Convolution(conv, cpu_convolution.Method.DIRECT) for conv in now_convs]
+            op(x, *_joined(exact), projects, identity, out, size)
         return out
 
     return run

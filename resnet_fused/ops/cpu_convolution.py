@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import weakref
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from resnet_fused import extension
 from resnet_fused.ops import packed
-from resnet_fused.ops.convbn import ConvBN, output_shape
+from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, output_shape
 
 _MEBIBYTE = 1 << 20
 _PANEL = 32  # output channels computed together
@@ -96,35 +95,30 @@ def method_for(conv: ConvBN, dtype: torch.dtype, shape: tuple[int, ...]) -> Meth
 
 
 class Convolution:
-    """One convolution with its batch norm, bound to its packed weights; channels_last in and out.
+    """What the compiled library takes of one convolution with its batch norm: packed weights and geometry.
 
-    It is right as long as the tensors of ``conv`` are alive and not written to; it does not keep them.
-
-    Args:
-        isa: the instructions to use, one of :func:`instructions`; "" for the widest.
+    It is right as long as the tensors of ``conv`` are not written to; it does not refer to them.
     """
 
-    def __init__(self, conv: ConvBN, method: Method, isa: str = "") -> None:
-        self._fields = [weakref.ref(field) if isinstance(field, Tensor) else field for field in conv]
-        self._isa = isa
+    def __init__(self, conv: ConvBN, method: Method) -> None:
         self.packed: list[Tensor] = packed.packed(_KINDS[method], conv, _PREPARE[method])
         self.geometry = [int(method), *conv.weight.shape[2:], *conv.stride, *conv.padding, *conv.dilation]
 
-    def __call__(self, x: Tensor, residual: Tensor | None, act: str, out: Tensor | None = None) -> Tensor:
-        """The result, in ``out`` where it is given. ``residual`` is not written to."""
-        if out is None:
-            out = torch.empty(output_shape(self._conv(), x.shape), dtype=x.dtype, memory_format=torch.channels_last)
-        op = torch.ops.resnet_fused_cpu.conv_bn_act.default
-        if not op(x, self.packed, self.geometry, residual, act == "relu", out, self._isa):
-            self.exact()(x, residual, act, out)
-        return out
 
-    def exact(self) -> Convolution:
-        """The same by the sum as written, which rounds less for unbalanced input, and spreads no infinity or NaN."""
-        return Convolution(self._conv(), Method.DIRECT, self._isa)
+def run(call: ConvBNActCall, method: Method, isa: str = "", out: Tensor | None = None) -> Tensor:
+    """The call, of channels_last tensors, in ``out`` where it is given. ``residual`` is not written to.
 
-    def _conv(self) -> ConvBN:
-        return ConvBN._make(field() if isinstance(field, weakref.ref) else field for field in self._fields)
+    Where the library refuses Winograd's method, the sum as written is taken, which rounds less for unbalanced input and
+    spreads no infinity or NaN. isa: the instructions to use, one of :func:`instructions`; "" for the widest.
+    """
+    x, conv, residual, act = call
+    step = Convolution(conv, method)
+    if out is None:
+        out = torch.empty(output_shape(conv, x.shape), dtype=x.dtype, memory_format=torch.channels_last)
+    op = torch.ops.resnet_fused_cpu.conv_bn_act.default
+    if not op(x, step.packed, step.geometry, residual, act == "relu", out, isa):
+        run(call, Method.DIRECT, isa, out)
+    return out
 
 
 def _prepare_winograd(conv: ConvBN) -> list[Tensor]:

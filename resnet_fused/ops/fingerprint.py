@@ -58,8 +58,7 @@ class Watch:
         for tensor in tensors:
             if tensor is None or tensor.device.type != "cpu" or tensor.numel() == 0:
                 continue
-            version = -1 if tensor.is_inference() else tensor._version
-            place = (id(tensor.untyped_storage()), tensor.data_ptr(), _span(tensor), version)
+            place = (id(tensor.untyped_storage()), tensor.data_ptr(), _span(tensor), version_of(tensor))
             found = _known.get(place)
             if found is None or not _unchanged([found]):
                 found = _known[place] = Fingerprint(tensor)
@@ -93,6 +92,14 @@ class Glance:
 
     def _look(self) -> int:
         return int(_functions()[2](self._rows.buffer_info()[0], self._count, 0))
+
+
+def version_of(tensor: Tensor) -> int:
+    """The tensor's version, or -1: inference tensors have none, nor has what was made of them since."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return -1
 
 
 def _rows(prints: list[Fingerprint]) -> array.array[int]:

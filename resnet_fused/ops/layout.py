@@ -40,7 +40,7 @@ def _describe(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=512)
 def _strides(eager: Eager, x: Any, convs: Any, addend: Any) -> tuple[int, ...]:
     mode = FakeTensorMode()
     mode.cache_enabled = False  # its cache keeps every shape for ever

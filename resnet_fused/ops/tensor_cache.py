@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from resnet_fused.ops.fingerprint import Glance, Watch
+from resnet_fused.ops.fingerprint import Glance, Watch, version_of
 
 MOST_ENTRIES = 8192
 
@@ -167,10 +167,10 @@ def _facts(tensors: Tensors) -> _Facts | None:
         return None
     try:
         versions = tuple(map(_VERSION, present))
-    except RuntimeError:  # inference tensors have none; on the CPU their elements are looked at
-        if any(t.is_inference() and t.device.type != "cpu" for t in present):
+    except RuntimeError:  # some have none; on the CPU their elements are looked at
+        versions = tuple(map(version_of, present))
+        if any(version < 0 and t.device.type != "cpu" for version, t in zip(versions, present, strict=True)):
             return None
-        versions = tuple(-1 if t.is_inference() else t._version for t in present)
     return _Facts(
         tuple(map(Tensor.data_ptr, present)), tuple(map(id, map(Tensor.untyped_storage, present))), versions,
         tuple(map(_SHAPE, present)), tuple(map(Tensor.stride, present)), tuple(map(_DTYPE, present)),

@@ -1,7 +1,7 @@
 """Classify a folder of images with Ray Data: ``python -m resnet_fused.recipes.ray_data FOLDER --model …``.
 
 Batches of decoded images go to actors, each with one fused model, warmed up once. Where there are GPUs an actor has one
-of them, else its share of the CPUs. A broken image is named in the result and stops nothing.
+of them, else its share of the CPUs. An image that is broken or too large is named in the result and stops nothing.
 """
 
 from __future__ import annotations
@@ -18,33 +18,24 @@ import ray
 import ray.data
 import torch
 
-from resnet_fused import files
 from resnet_fused.cli.common import positive
 from resnet_fused.recipes.classifier import Classifier, Predictor, load
 from resnet_fused.testing.models import FORMS, ModelError
 from resnet_fused.training.errors import DataError, TrainingError
-from resnet_fused.training.images import ImageError
-
-IMAGES = ["jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm"]
+from resnet_fused.training.images import EXTENSIONS
 
 
 class Decode:
-    """From a file's path to its name in the folder, the model's input and, should it be broken, why.
-
-    Paths come as bytes: not all are text. Files are opened here, within the bounds of ``training.images``.
-    """
+    """From a file's path to its name in the folder, the model's input and, should it be broken, why."""
 
     def __init__(self, classifier: Classifier, folder: str) -> None:
         self.decode, self.folder, self.blank = classifier.decode, folder, classifier.decode.blank().numpy()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        path = os.fsdecode(row["path"])
-        file = os.path.relpath(path, self.folder).encode(errors="surrogateescape").decode(errors="backslashreplace")
+        file = os.path.relpath(row["path"], self.folder)
         try:
-            return {"file": file, "image": self.decode(path).numpy(), "error": ""}
-        except OSError as error:
-            return {"file": file, "image": self.blank, "error": f"cannot be read: {error.strerror or error}"}
-        except ImageError as error:
+            return {"file": file, "image": self.decode.file(Path(row["path"])).numpy(), "error": ""}
+        except ValueError as error:
             return {"file": file, "image": self.blank, "error": str(error)}
 
 
@@ -79,19 +70,17 @@ def classify(folder: str, classifier: Classifier, *, batch: int = 32, actors: in
         DataError: there is no image.
     """
     folder = os.path.abspath(folder)
-    paths = [
-        {"path": os.fsencode(os.path.join(parent, name))}
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if name.rpartition(".")[2].lower() in IMAGES
-    ]
+    files = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
+    paths = [{"path": path} for path in files if path.lower().endswith(EXTENSIONS)]
     if not paths:
-        raise DataError(f"{folder}: no image there; need files ending in {', '.join(IMAGES)}")
+        raise DataError(f"{folder}: no image there; need files ending in {', '.join(EXTENSIONS)}")
     there = ray.cluster_resources()
     own: dict[str, Any] = {"num_gpus": 1} if "GPU" in there else {"num_cpus": max(1, there["CPU"] // actors - 1)}
     found = (
         ray.data.from_items(paths)
-        .map(Decode(classifier, folder))
+        .map(  # not Ray's own reading, which has no bounds
+            Decode(classifier, folder)
+        )
         .map_batches(
             Classify,
             fn_constructor_args=(classifier, batch),
@@ -114,10 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--actors", type=positive, default=1, help="models at once (default %(default)s)")
     args = parser.parse_args(argv)
     try:
-        files.check_writable(Path(args.out))  # now, not after hours
         classifier = load(args.model, args.weights)
-    except OSError as error:
-        parser.error(f"--out {args.out}: {error.strerror or error}")
     except (ModelError, TrainingError) as error:
         parser.error(str(error))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +20,7 @@ BUILDERS = (
     *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
 )
 CIFAR_BUILDERS = BUILDERS[-5:]
-KNOWN_FORMS = "a builder (resnet50), torchvision:NAME or timm:NAME"
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)?")  # timm's names may have one tag behind a dot
 FORMS = "a builder (resnet50), torchvision:NAME, timm:NAME or package.module:callable"
 
 
@@ -27,29 +28,29 @@ class ModelError(ValueError):
     """No model can be made from this specification; the message says why, and what would do."""
 
 
-def load(spec: str, *, known: bool = False) -> nn.Module:
+def load(spec: str, *, registered: bool = False) -> nn.Module:
     """The model that ``spec`` names, in eval mode, with its builder's own random weights (nothing is downloaded).
 
     Args:
         spec: one of our builders (``resnet50``), ``torchvision:NAME``, ``timm:NAME``, or
             ``package.module:callable``: a callable without arguments that returns a module, or a module.
-        known: refuse the last form, and builders that others have registered with torchvision or timm. What a file
-            names is loaded so: a file must not choose code.
+        registered: refuse the last form, and whatever is no plain name in the registry of its package. For names that
+            do not come from the user but from a file: nothing is imported or downloaded that the file chooses.
 
     Raises:
         ModelError: the form or the name is unknown, a package is missing, or the callable fails.
     """
     source, separator, name = spec.partition(":")
-    if known and separator and source not in ("torchvision", "timm"):
-        raise ModelError(f"model {spec!r}: need {KNOWN_FORMS}")
     if not separator:
         return _ours(spec).eval()
     if not source or not name:
         raise ModelError(f"model {spec!r}: need {FORMS}")
+    if registered and (source not in ("torchvision", "timm") or not _PLAIN.fullmatch(name) or "__" in name):
+        raise ModelError(f"model {spec[:200]!r}: a file may name one of our builders, torchvision:NAME or timm:NAME")
     if source == "torchvision":
-        return _torchvision(name, known).eval()
+        return _torchvision(name).eval()
     if source == "timm":
-        return _timm(name, known).eval()
+        return _timm(name).eval()
     return _imported(source, name).eval()
 
 
@@ -73,7 +74,7 @@ def _ours(name: str) -> nn.Module:
     return getattr(package, name)()  # type: ignore[no-any-return]
 
 
-def _torchvision(name: str, known: bool) -> nn.Module:
+def _torchvision(name: str) -> nn.Module:
     from resnet_fused.testing.torchvision_compat import import_torchvision
 
     try:
@@ -85,18 +86,13 @@ def _torchvision(name: str, known: bool) -> nn.Module:
         builder = models.get_model_builder(name)
     except ValueError as error:
         raise ModelError(f"torchvision has no model {name!r}{_close(name, models.list_models())}") from error
-    if known:
-        _check_origin("torchvision", name, builder)
     # Without weights_backbone=None segmentation and detection models download a backbone.
     options = {"weights": None, "weights_backbone": None}
     accepted = inspect.signature(builder).parameters
-    try:
-        return builder(**{k: v for k, v in options.items() if k in accepted})  # type: ignore[no-any-return]
-    except Exception as error:
-        raise ModelError(f"torchvision cannot make {name!r}: {error}") from error
+    return builder(**{key: value for key, value in options.items() if key in accepted})  # type: ignore[no-any-return]
 
 
-def _timm(name: str, known: bool) -> nn.Module:
+def _timm(name: str) -> nn.Module:
     try:
         if importlib.util.find_spec("torchvision") is not None:
             from resnet_fused.testing.torchvision_compat import import_torchvision
@@ -107,18 +103,7 @@ def _timm(name: str, known: bool) -> nn.Module:
         raise ModelError(_missing("timm", error)) from error
     if not timm.is_model(name):
         raise ModelError(f"timm has no model {name!r}{_close(name, timm.list_models())}")
-    if known:
-        _check_origin("timm", name, timm.model_entrypoint(name))
-    try:
-        return timm.create_model(name, pretrained=False)  # type: ignore[no-any-return]
-    except Exception as error:  # among others for a tag of weights that the architecture does not have
-        raise ModelError(f"timm cannot make {name!r}: {error}") from error
-
-
-def _check_origin(package: str, name: str, builder: Any) -> None:
-    """See that ``package`` itself brings this entry of its register."""
-    if builder.__module__.split(".")[0] != package:
-        raise ModelError(f"{package}:{name} is registered by {builder.__module__}; need a model of {package} itself")
+    return timm.create_model(name, pretrained=False)  # type: ignore[no-any-return]
 
 
 def _imported(module_name: str, name: str) -> nn.Module:

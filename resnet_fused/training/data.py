@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from resnet_fused.training import images
 from resnet_fused.training.errors import DataError
-from resnet_fused.training.images import ImageError, open_image
 
 # What ImageNet models are fed: means and deviations of red, green and blue.
 MEAN = (0.485, 0.456, 0.406)
@@ -50,7 +50,7 @@ class TensorImages(Images):
 
 
 class ImageFiles(Images):
-    """Images in files. Reading one that is broken or too large raises DataError, naming the file."""
+    """Images in files. One that is broken, or beyond the bounds of ``images``, raises DataError, naming the file."""
 
     def __init__(self, samples: Sequence[tuple[str, int]], transform: Transform) -> None:
         self.samples, self.transform = samples, transform
@@ -61,10 +61,8 @@ class ImageFiles(Images):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
         try:
-            image = open_image(path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-        except ImageError as error:
+            image = images.read(Path(path))
+        except images.ImageError as error:
             raise DataError(f"{path}: {error}") from error
         return self.transform(image), label
 

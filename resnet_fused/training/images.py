@@ -1,168 +1,146 @@
-"""The one place where image files are opened: 8-bit RGB, upright, within bounds on memory and work; or the reason.
+"""Image files and request bodies, opened for everybody in one way: within bounds, upright, in 8-bit RGB.
 
-What a file claims is checked before anything is decoded. Pillow is imported on first use.
+Whatever the bytes are, reading them ends in an image or in an ImageError, for at most ``MAX_BYTES`` read and
+``MAX_PIXELS`` decoded, within ``MAX_MEMORY``. Sizes are taken from the header, before any pixel is decoded.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import re
 import struct
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from resnet_fused import files
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MEMORY = 280_000_000  # bytes that one image may take while it is decoded, its file included
-ASPECT = 32  # the longer side over the shorter: transforms scale the shorter one up to the model's size
+if TYPE_CHECKING:
+    from PIL import Image
 
-# Bytes per pixel at the peak: Pillow's four, and four for a turned copy or what the decoder keeps (measured).
-_PER_PIXEL = {"WEBP": 16, "JPEG": 10}
-_PER_PIXEL_OF_MODE = {"CMYK": 12, "I": 12}
-_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV"}
-_MODES_16 = {"I;16", "I;16L", "I;16B", "I;16N", "I"}  # "I" of a PNG or a PPM, which have no more bits
-_PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
-_REASONS = {"F": "floating-point numbers, whose range is not known", "I": "32-bit integers, whose range is not known"}
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # others start programs, or decode without bounds
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
+MAX_BYTES = 64 * 2**20
+MAX_MEMORY = 280 * 10**6  # bytes at the peak of decoding, the file's own included
+MAX_PIXELS = 25 * 10**6  # a camera's 6000x4000, 100 MB when decoded
+MAX_PIXELS_SLOW = 4 * 10**5  # in the formats that Pillow decodes in Python
+MAX_ASPECT = 32  # a transform scales the short side to its size, so the long side can become this many times that
+MAX_SCANS = 100  # of a progressive JPEG, each of which passes over the whole image
+MAX_PASSED = 5 * 10**8  # pixels times scans: an empty scan of 24 million takes 36 ms
+
+# Bytes per pixel at the peak, measured: Pillow's four, and as many for a turned copy, or more that the decoder keeps.
+_BYTES, _BYTES_OF_FORMAT, _BYTES_OF_MODE = 8, {"WEBP": 16, "JPEG": 10}, {"CMYK": 12, "I": 12}
+_TILE_WIDTH, _TILE_HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION = 322, 323, 258, 262, 274  # tags of TIFF and EXIF
+_STRIP_BYTES, _TILE_BYTES = 279, 325
 _TURNS = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
     8: "ROTATE_90",
-}
-
-# Bounds on work that the number of pixels does not bound.
-_PASSES = 500_000_000  # pixels times scans of a JPEG: an empty scan of 24 million pixels takes 36 ms
-_DECODED_IN_PYTHON = {"ppm", "ppm_plain", "bmp_rle"}
-_PYTHON_PIXELS, _PYTHON_BYTES = 500_000, 2_000_000
-_COMPRESSIONS = (
-    *("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate"),
-    *("tiff_ccitt", "group3", "group4", "jpeg"),
-)
-_ORIENTATION, _BITS, _PHOTOMETRIC = 274, 258, 262
-_TILE_WIDTH, _TILE_LENGTH, _STRIP_BYTES, _TILE_BYTES = 322, 323, 279, 325
+}  # fmt: skip
 
 
 class ImageError(ValueError):
-    """This is no image that can be taken; the message says why."""
+    """The bytes are no image that can be used; the message says why."""
 
 
-class ImageTooLarge(ImageError):
-    """It would take more memory or time than one image may."""
+class ImageTooLargeError(ImageError):
+    """The image has too many bytes or pixels."""
 
 
-def open_image(source: bytes | str | os.PathLike[str]) -> Any:
-    """The first frame of an image as a PIL image of mode RGB, turned as its EXIF data says.
-
-    16-bit grey is scaled to 8 bits; transparency is dropped, as torchvision's loader does.
-
-    Args:
-        source: the bytes of a file, or its path.
+def read(path: Path) -> Image.Image:
+    """The image in a file: see :func:`decode`.
 
     Raises:
-        ImageError: it cannot be read as an image of one of ``FORMATS``, is truncated, or its pixels have no known
-            range.
-        ImageTooLarge: it needs more than ``MEMORY`` to be decoded, or its sides differ by more than ``ASPECT``.
-        OSError: the file cannot be opened.
+        ImageError: the file cannot be read, is no regular file, or :func:`decode` refuses its bytes.
     """
     try:
-        data = source if isinstance(source, bytes) else files.read(source, MEMORY)
+        data = files.read(path, MAX_BYTES)
     except files.FileError as error:
         raise ImageError(f"cannot be read as an image: it {error}") from error
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
+    return decode(data)
+
+
+def decode(data: bytes) -> Image.Image:
+    """The image that ``data`` holds, in mode RGB, turned as its EXIF orientation says. Of several frames, the first.
+
+    Palettes, grey, CMYK and 1 bit become RGB as Pillow does it; of 16 bits the upper 8 are taken, transparency is
+    dropped. Floating point and 32-bit integers are refused, because nothing says what is white.
+
+    Raises:
+        ImageTooLargeError: more than ``MAX_BYTES``, ``MAX_MEMORY``, ``MAX_PIXELS`` (``MAX_PIXELS_SLOW`` for run-length
+            BMP and for PPM in text or with an unusual maximum), ``MAX_SCANS`` or ``MAX_PASSED``; or metadata in parts
+            that are countless, large, or overlap.
+        ImageError: no format of ``FORMATS``, broken or cut short, a side more than ``MAX_ASPECT`` times the other, or
+            pixels of a kind that is refused.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if len(data) > MAX_BYTES:
+        raise ImageTooLargeError(f"the image has {len(data)} bytes; at most {MAX_BYTES} are read")
     try:
         data, exif = _without_metadata(data) if data[:3] == b"\xff\xd8\xff" else (data, b"")
-        return _opened(data, exif)
+        file = _Metered(data)
+        image: Image.Image = Image.open(file, formats=FORMATS)
+        _check(image, data)
+        file.begin_pixels()
+        image.load()
+        turn = _TURNS.get(_orientation(exif or _exif(image)))  # a TIFF is upright already
+        image = _eight_bits(image)
+        return image if turn is None else image.transpose(Image.Transpose[turn])
     except ImageError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLargeError(f"the image is too large: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"cannot be read as an image: need one of {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        kind = type(error).__name__
-        if kind == "DecompressionBombError":
-            raise ImageTooLarge(f"has too many pixels: {error}") from error
-        reason = f"it is none of {', '.join(FORMATS)}" if kind == "UnidentifiedImageError" else str(error) or kind
-        raise ImageError(f"cannot be read as an image: {reason}") from error
+        raise ImageError(f"cannot be read as an image: {error or type(error).__name__}") from error
 
 
-def _opened(data: bytes, exif: bytes) -> Any:
+def _check(image: Image.Image, data: bytes) -> None:
+    """Refuse what would cost too much, by the header alone."""
     from PIL import Image
 
-    file = _Metered(data)
-    image: Any = Image.open(file, formats=FORMATS)
-    _check(image, data)
-    file.begin_pixels()
-    image.load()
-    turn = _TURNS.get(_orientation(exif or _exif(image)))  # a TIFF is upright already
-    if image.mode in _MODES_16:
-        image = _eight_bits(image)
-    if image.mode in _PREMULTIPLIED:
-        image = image.convert(_PREMULTIPLIED[image.mode])
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    return image if turn is None else image.transpose(Image.Transpose[turn])
-
-
-def _check(image: Any, data: bytes) -> None:
-    """Refuse, by what the header says, what would take too much or has no meaning in 8 bits."""
     width, height = image.size
-    pixels, kind = width * height, image.format
-    if pixels == 0:
-        raise ImageError(f"cannot be read as an image: it has {width}×{height} pixels")
-    if image.mode not in _MODES | _MODES_16 or (image.mode == "I" and kind not in ("PNG", "PPM")):
-        reason = _REASONS.get(image.mode, f"pixels of the kind {image.mode}")
-        raise ImageError(f"holds {reason}; need 8 bits per channel, or 16 bits of grey")
-    each = _PER_PIXEL_OF_MODE.get(image.mode) or _PER_PIXEL.get(kind, 8)
-    need = pixels * each + len(data)
-    if need > MEMORY:
-        most = max(0, MEMORY - len(data)) / each / 1e6
-        raise ImageTooLarge(
-            f"has {pixels / 1e6:.1f} million pixels ({width}×{height}); need at most {most:.1f} million"
-        )
-    if max(width, height) > ASPECT * min(width, height):
-        raise ImageTooLarge(f"has {width}×{height} pixels; need a longer side of at most {ASPECT} times the shorter")
-    if kind == "JPEG" or (kind == "TIFF" and image.info.get("compression") == "jpeg"):
-        scans = data.count(b"\xff\xda")
-        if scans * pixels > _PASSES:
-            raise ImageTooLarge(f"has {scans} scans of {width}×{height} pixels; need at most {_PASSES // pixels}")
-    decoders = {str(tile[0]) for tile in image.tile}
-    if decoders & _DECODED_IN_PYTHON and (pixels > _PYTHON_PIXELS or len(data) > _PYTHON_BYTES):
-        raise ImageTooLarge(
-            f"is a {kind} of a kind that is decoded slowly, with {width}×{height} pixels in {len(data) / 1e6:.1f} MB; "
-            f"need at most {_PYTHON_PIXELS / 1e6} million in {_PYTHON_BYTES / 1e6} MB"
-        )
-    if kind == "TIFF":
-        _check_tiff(image, data)
+    tags: Any = getattr(image, "tag_v2", {})
+    tile = tags.get(_TILE_WIDTH, 1) * tags.get(_TILE_HEIGHT, 1)
+    codecs = {codec for codec, *_ in getattr(image, "tile", ())}
+    each = _BYTES_OF_MODE.get(image.mode) or _BYTES_OF_FORMAT.get(image.format or "", _BYTES)
+    limit = MAX_PIXELS_SLOW if codecs & Image.DECODERS.keys() else MAX_PIXELS
+    limit = min(limit, max(0, MAX_MEMORY - len(data)) // each)
+    if max(width * height, tile) > limit:
+        raise ImageTooLargeError(f"the image has {width}x{height} pixels; at most {limit} are decoded: scale it down")
+    if codecs & Image.DECODERS.keys() and len(data) > 8 * MAX_PIXELS_SLOW:
+        raise ImageTooLargeError(f"the image has {len(data)} bytes in a slow encoding: save it anew")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(f"the image is {width}x{height}; a side may be at most {MAX_ASPECT} times the other: cut it")
+    if image.format == "JPEG" or image.info.get("compression") == "jpeg":
+        most = min(MAX_SCANS, MAX_PASSED // max(1, width * height))
+        if data.count(b"\xff\xda") > most:
+            raise ImageTooLargeError(f"the JPEG has more than {most} scans: save it anew")
+    stored = (tags.get(tag, ()) for tag in (_STRIP_BYTES, _TILE_BYTES))
+    if sum(int(n) for numbers in stored for n in (numbers if isinstance(numbers, tuple) else (numbers,))) > len(data):
+        raise ImageError("cannot be read as an image: the TIFF is truncated, or its parts overlap")
 
 
-def _check_tiff(image: Any, data: bytes) -> None:
-    tags = image.tag_v2
-    compression = image.info.get("compression", "raw")
-    if compression not in _COMPRESSIONS:
-        raise ImageError(f"is a TIFF compressed by {compression}; need one of {', '.join(_COMPRESSIONS)}")
-    area = int(tags.get(_TILE_WIDTH, 0)) * int(tags.get(_TILE_LENGTH, 0))
-    if area > max(1 << 20, 2 * image.width * image.height):
-        raise ImageTooLarge(f"is a TIFF of {image.width}×{image.height} pixels in tiles of {area / 1e6:.1f} million")
-    stored = sum(int(n) for tag in (_STRIP_BYTES, _TILE_BYTES) for n in _numbers(tags.get(tag, ())))
-    if stored > len(data):
-        raise ImageError("cannot be read as an image: it is a truncated TIFF, or its parts overlap")
-    if image.mode in _MODES_16 and (_numbers(tags.get(_BITS, 16)) != (16,) or tags.get(_PHOTOMETRIC) != 1):
-        raise ImageError("is a TIFF of grey in neither 8 nor 16 bits, or with white as zero; need 0 as black")
-
-
-def _numbers(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _eight_bits(image: Any) -> Any:
-    """16-bit grey as 8 bits: 65535 becomes 255, rounded to the nearest."""
+def _eight_bits(image: Image.Image) -> Image.Image:
     import numpy as np
     from PIL import Image
 
-    table = ((np.arange(1 << 16) + 128) // 257).astype(np.uint8)
-    values = np.asarray(image)
-    return Image.fromarray(table[values if image.mode != "I" else values.clip(0, 65535)])
+    if image.mode == "RGB":
+        return image
+    tags: Any = getattr(image, "tag_v2", {})
+    sixteen = tags.get(_BITS, (16,)) == (16,) and tags.get(_PHOTOMETRIC, 1) == 1 and image.format in ("TIFF", "PNG")
+    if (image.mode.startswith("I;16") and sixteen) or (image.mode == "I" and image.format in ("PPM", "PNG")):
+        values = np.asarray(image)  # of each the upper 8 bits, which Pillow takes of colours in 16 bits
+        values = (values.clip(0, 65535) if image.mode == "I" else values) >> 8
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        kind = "floating point" if image.mode == "F" else "integers of an unknown range"
+        raise ImageError(f"the pixels are {kind}: save the image with 8 or 16 bits per channel")
+    premultiplied = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
+    return (image.convert(premultiplied) if premultiplied else image).convert("RGB")
 
 
 class _Metered(io.BytesIO):
@@ -189,7 +167,7 @@ class _Metered(io.BytesIO):
         self.bytes_left -= len(got)
         self.reads_left -= 1
         if self.bytes_left < 0 or self.reads_left < 0:
-            raise ImageTooLarge("has parts besides its pixels that are too large, too many, or overlap")
+            raise ImageTooLargeError("the image has parts besides its pixels that are too large, too many, or overlap")
         return got
 
 
@@ -224,7 +202,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         if not (0xD0 <= marker <= 0xD9 or marker <= 0x01):  # those stand alone, or are no markers
             at += max(2, int.from_bytes(data[at : at + 2], "big"))
             yield marker, start, at
-    raise ImageTooLarge("is a JPEG of more than 10000 segments")
+    raise ImageTooLargeError("the JPEG has more than 10000 segments: save it anew")
 
 
 def _exif(image: Any) -> bytes:

@@ -60,15 +60,15 @@ def cache_directory() -> Path:
     """``$RESNET_FUSED_CACHE``, else ``resnet_fused`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``.
 
     Raises:
-        OSError: none is set, and this user has no home.
+        OSError: neither variable is set, and the user has no home directory.
     """
     own = os.environ.get("RESNET_FUSED_CACHE")
     if own:
         return Path(own)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fused"
-    except RuntimeError as error:  # a container's user of any number, without HOME
-        raise OSError("there is no home folder for a cache; set RESNET_FUSED_CACHE to a folder") from error
+    except RuntimeError as error:
+        raise OSError(f"there is no cache directory: {error} Set RESNET_FUSED_CACHE to a directory.") from error
 
 
 def path_for(environment: dict[str, str]) -> Path:
@@ -78,7 +78,7 @@ def path_for(environment: dict[str, str]) -> Path:
         OSError: see :func:`cache_directory`.
     """
     digest = hashlib.sha256(repr(sorted(environment.items())).encode()).hexdigest()[:12]
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", environment["device"]).strip("-")[:100]
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", environment["device"]).strip("-")
     return cache_directory() / "tuning" / f"{name}-{digest}.json"
 
 
@@ -95,7 +95,7 @@ def cpu_name() -> str:
 def driver_version() -> str:
     """The CUDA driver's version, or the CUDA version that it serves where only that can be read."""
     try:
-        found = re.search(r"Module\s+(?:for \S+\s+)?([\d.]+)", DRIVER.read_text(encoding="utf-8", errors="replace"))
+        found = re.search(r"Module\s+(?:for \S+\s+)?([\d.]+)", DRIVER.read_text(encoding="utf-8"))
     except OSError:
         found = None
     return found.group(1) if found else str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]

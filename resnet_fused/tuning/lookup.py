@@ -148,12 +148,12 @@ def _table(device: torch.device) -> dict[str, Entry]:
         if os.environ.get("RESNET_FUSED_TUNING", "1") != "0":
             facts = environment.describe(device)
             for path in sorted(environment.SHIPPED.glob("*.json")):
-                with contextlib.suppress(table.TableError, OSError):  # another device's
+                with contextlib.suppress(table.TableError, OSError):  # another device's, or not to be read
                     entries |= table.read(path, facts)
             try:
                 entries |= table.load(environment.path_for(facts), facts)
             except OSError as error:
-                table.warn_once(f"no tuning table of your own is read: {error}")
+                table.logger.warning("no tuning table of the user's own is read: %s", error)
         tables[at] = entries
     return tables[at]
 

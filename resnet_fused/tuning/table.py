@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
-import reprlib
 import sys
-import time
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +17,9 @@ from resnet_fused import files
 
 FORMAT = "resnet_fused tuning table"
 VERSION = 1
-LARGEST = 8_000_000  # bytes of a table; an entry takes up to 3000
+MAX_BYTES = 8 * 2**20  # of a file: tens of thousands of entries
+MAX_DEPTH = 8  # of the lists in a config
+MAX_MILLISECONDS = 1e12
 
 logger = logging.getLogger("resnet_fused")
 
@@ -44,50 +44,51 @@ def read(path: Path, environment: Mapping[str, str]) -> dict[str, Entry]:
     Every fact that the file is bound to must be as in ``environment``.
 
     Raises:
-        TableError: the file is corrupt or foreign, larger than ``LARGEST``, or no regular file.
-        OSError: it cannot be opened.
+        TableError: the file is corrupt or foreign, no regular file, or larger than ``MAX_BYTES``.
+        OSError: it cannot be read.
     """
     try:
-        value = json.loads(files.read(path, LARGEST))
+        text = files.read(path, MAX_BYTES)
     except FileNotFoundError:
         return {}
     except files.FileError as error:
         raise TableError(f"it {error}") from error
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TableError(f"no JSON: {error}") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise TableError(f"its format is not {FORMAT!r}")
     if value.get("version") != VERSION:
-        raise TableError(f"its version is {reprlib.repr(value.get('version'))}, need {VERSION}")
+        raise TableError(f"its version is {repr(value.get('version'))[:200]}, need {VERSION}")
     bound, entries = value.get("environment"), value.get("entries")
     if not isinstance(bound, dict) or "device" not in bound or not isinstance(entries, dict):
         raise TableError("its environment or its entries are missing")
     for key, fact in bound.items():
         if environment.get(key) != fact:
-            here = environment.get(key)
-            raise TableError(f"it is for {reprlib.repr(key)} {reprlib.repr(fact)}, here is {here!r}")
+            raise TableError(f"it is for {key[:100]} {repr(fact)[:200]}, here is {environment.get(key)!r}")
     return {key: _entry(key, entry) for key, entry in entries.items()}
 
 
 def _entry(key: str, value: Any) -> Entry:
     times = value.get("milliseconds") if isinstance(value, dict) else None
-    # A comparison holds for integers of any length, which isfinite does not take.
-    sound = isinstance(times, dict) and all(type(t) in (int, float) and 0 <= t < 1e12 for t in times.values())
     if (
-        not sound
+        not isinstance(times, dict)
+        or not all(isinstance(time, (int, float)) and 0 <= time <= MAX_MILLISECONDS for time in times.values())
         or not isinstance(value.get("backend"), str)
-        or not {"backend", "config", "milliseconds"} >= set(value)
         or not _is_config(value.get("config"))
+        or (value["backend"] == "reference" and not isinstance(value.get("config"), (str, type(None))))
+        or not {"backend", "config", "milliseconds"} >= set(value)
     ):
-        raise TableError(f"the entry of {reprlib.repr(key)} is damaged")
-    return Entry(value["backend"], value.get("config"), value["milliseconds"])
+        raise TableError(f"the entry of {key[:200]!r} is damaged")
+    return Entry(value["backend"], value.get("config"), times)
 
 
-def _is_config(value: Any, levels: int = 3) -> bool:
-    """Whether a config is what :func:`resnet_fused.tuning.lookup.plain` makes: a value, or lists of such."""
-    if isinstance(value, list):
-        return levels > 0 and len(value) <= 100 and all(_is_config(item, levels - 1) for item in value)
-    return value is None or isinstance(value, (bool, str)) or (type(value) in (int, float) and abs(value) < 1e12)
+def _is_config(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, (list, dict)):
+        inner = value.values() if isinstance(value, dict) else value
+        return depth < MAX_DEPTH and all(_is_config(one, depth + 1) for one in inner)
+    return not isinstance(value, (int, float)) or abs(value) < 2**63
 
 
 def load(path: Path, environment: Mapping[str, str]) -> dict[str, Entry]:
@@ -97,30 +98,24 @@ def load(path: Path, environment: Mapping[str, str]) -> dict[str, Entry]:
     except TableError:
         pass
     except OSError as error:
-        warn_once(f"the tuning table {path} cannot be read and is ignored: {error}")
+        logger.warning("the tuning table %s cannot be read and is ignored: %s", path, error)
         return {}
     try:
-        with _locked(path, seconds=1):
+        with _locked(path):
             return _read_or_set_aside(path, environment)
     except OSError as error:
-        warn_once(f"the tuning table {path} is ignored, and cannot be set aside: {error}")
+        logger.warning("the tuning table %s is ignored, and cannot be set aside: %s", path, error)
         return {}
-
-
-@functools.cache
-def warn_once(line: str) -> None:
-    """Say it in this process once, however often the tables are read."""
-    logger.warning("%s", line)
 
 
 def check_writable(path: Path) -> None:
-    """See that :func:`merge` could write to ``path``; its folder is made.
+    """See that a table can be written at ``path``, and write none.
 
     Raises:
-        OSError: it could not.
+        OSError: it cannot.
     """
-    files.check_writable(path)
-    with _locked(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path), tempfile.TemporaryFile(dir=path.parent):
         pass
 
 
@@ -141,10 +136,7 @@ def merge(path: Path, environment: Mapping[str, str], entries: Mapping[str, Entr
             "environment": dict(sorted(environment.items())),
             "entries": {key: _plain(merged[key]) for key in sorted(merged)},
         }
-        data = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
-        if len(data) > LARGEST:
-            raise OSError(f"{path} would hold more than {LARGEST / 1e6:.1f} MB; remove it, and tune what you use")
-        files.replace(path, data)
+        files.replace(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
@@ -155,40 +147,25 @@ def _read_or_set_aside(path: Path, environment: Mapping[str, str]) -> dict[str, 
     try:
         return read(path, environment)
     except TableError as error:
-        names = [path.with_name(f"{path.name}.bad{number}") for number in range(10)]
-        aside = next((name for name in names if not name.exists()), names[-1])
+        number = 0
+        while (aside := path.with_name(f"{path.name}.bad{number}")).exists():
+            number += 1
         os.replace(path, aside)
         logger.warning("the tuning table %s is ignored (%s) and kept as %s", path, error, aside.name)
         return {}
 
 
 @contextlib.contextmanager
-def _locked(path: Path, seconds: float = 60) -> Iterator[None]:
-    """Alone among the processes that use this file. The lock is the system's: it ends with the process.
-
-    Raises:
-        OSError: another process keeps it for so many ``seconds``, or it cannot be made.
-    """
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among the processes that use this file. The lock is the system's: it ends with the process."""
     with path.with_name(path.name + ".lock").open("a+b") as file:
-        end = time.monotonic() + seconds
-        while not _locks(file):
-            if time.monotonic() > end:
-                raise TimeoutError(f"another process keeps {file.name} locked")
-            time.sleep(0.005)
-        yield  # closing the file ends the lock
-
-
-def _locks(file: Any) -> bool:
-    try:
         if sys.platform == "win32":
             import msvcrt
 
             file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
         else:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # Windows says the latter
-        return False
-    return True
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file ends the lock

@@ -83,5 +83,3 @@ def _call(
 
 def _dense(x: Tensor) -> Tensor:
     return x.detach().contiguous(memory_format=dense_format(x))
-
-

@@ -4,6 +4,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -278,11 +279,26 @@ void note_store(const void* to, size_t bytes) {
 }
 
 void multiply_tiles(float (&d)[16][8], const float* a, const float* b, int k) {
+  std::vector<double> terms(k + 1);
   for (int row = 0; row < 16; ++row) {
     for (int column = 0; column < 8; ++column) {
-      double sum = d[row][column];
-      for (int i = 0; i < k; ++i) sum += static_cast<double>(a[row * k + i]) * b[i * 8 + column];
-      d[row][column] = static_cast<float>(sum);
+      terms[k] = d[row][column];
+      for (int i = 0; i < k; ++i) terms[i] = static_cast<double>(a[row * k + i]) * b[i * 8 + column];
+      double largest = 0, sum = 0;
+      bool finite = true;
+      for (const double term : terms) {
+        largest = std::max(largest, std::abs(term));
+        sum += term;
+        finite &= std::isfinite(term);
+      }
+      if (finite && largest > 0) {
+        const double step = std::ldexp(1.0, std::ilogb(largest) - (kTermBits - 1));
+        sum = 0;
+        for (const double term : terms) sum += std::trunc(term / step) * step;
+      }
+      float result = static_cast<float>(sum);
+      if (finite && std::abs(static_cast<double>(result)) > std::abs(sum)) result = std::nextafter(result, 0.0f);
+      d[row][column] = result;
     }
   }
 }

@@ -140,7 +140,7 @@ class Process:
             "PYTHONMALLOC": "malloc",
             "OMP_NUM_THREADS": "2",
         }
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115: as long as the process
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "worker.py"), str(library)],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said,
@@ -170,8 +170,10 @@ class Process:
 _processes: dict[Path, Process] = {}
 
 
-def call(op: str, *arguments: object, shift: dict[int, int] | None = None, apart: bool = False, **settings: int) -> Answer:
-    """Call ``op`` ("namespace::name"). Every tensor among ``arguments`` is copied into a block of exactly its extent, so
+def call(
+    op: str, *arguments: object, shift: dict[int, int] | None = None, apart: bool = False, **settings: int
+) -> Answer:
+    """Call ``op``, "namespace::name". Every tensor among ``arguments`` is copied into a block of exactly its extent, so
     that the sanitizer sees every access past its end.
 
     Args:

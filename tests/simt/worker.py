@@ -13,12 +13,18 @@ from torch import Tensor
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 Request = tuple[str, tuple[Any, ...], dict[int, int], dict[str, int], bool]
-DEFAULTS = {"seed": 0, "multiprocessors": 2, "shared_block": 227 << 10, "shared_multiprocessor": 228 << 10, "shifted": 0}
+DEFAULTS = {
+    "seed": 0,
+    "multiprocessors": 2,
+    "shared_block": 227 << 10,
+    "shared_multiprocessor": 228 << 10,
+    "shifted": 0,
+}
 
 
 def main(library: str) -> None:
     answers = os.fdopen(os.dup(1), "wb")
-    printed = tempfile.TemporaryFile()
+    printed = tempfile.TemporaryFile()  # noqa: SIM115
     os.dup2(printed.fileno(), 1)
     torch.ops.load_library(library)
     while True:

@@ -18,4 +18,4 @@ def run(call: ConvBNActCall) -> Tensor:
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     method = cpu_convolution.method_for(call.conv, x.dtype, x.shape)
-    return cpu_convolution.Convolution(call.conv, method)(x, residual, call.act)
+    return cpu_convolution.run(call._replace(x=x, residual=residual), method)

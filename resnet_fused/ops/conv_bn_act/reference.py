@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.ops.batch_norm_act.call import dense_format
 from resnet_fused.ops.convbn import ConvBNActCall
 
 
@@ -20,3 +22,11 @@ def run(call: ConvBNActCall) -> Tensor:
     if call.residual is not None:
         y = y + call.residual
     return F.relu(y) if call.act == "relu" else y
+
+
+def outline(call: ConvBNActCall) -> Tensor:
+    """A tensor with the shape and strides of ``run(call)``, in a fraction of its time on fake tensors."""
+    conv = call.conv
+    y = F.conv2d(call.x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    y = torch.empty_like(y, memory_format=dense_format(y))  # batch norm
+    return y if call.residual is None else y + call.residual
