@@ -48,9 +48,9 @@ BAD = {
     "a time of 400 digits": whole(entry(milliseconds={"reference": 10**400})),
     "a time of 5000 digits": whole(entry()).replace("1.0", "9" * 5000),
     "a time below zero": whole(entry(milliseconds={"reference": -1.0})),
-    "a time that is a truth": whole(entry(milliseconds={"reference": True})),
     "a list for a backend": whole(entry(backend=["reference"])),
     "a list in a list for a config": whole(entry(config=[[[[["nchw"]]]]])),
+    "a list for a layout": whole(entry(config=["nchw"])),
     "an object for a config": whole(entry(config={"nchw": 1})),
     "a number of 400 digits for a config": whole(entry(config=10**400)),
     "a list for a fact": whole(entry(), environment={"device": ["a"]}),
@@ -59,7 +59,7 @@ BAD = {
     "a list for an entry": whole([entry()]),
     "not UTF-8": "\udcff\udcfe",
     "a megabyte of nothing": "\0" * 1_000_000,
-    "larger than any": " " * (table.LARGEST + 1),
+    "larger than any": " " * (table.MAX_BYTES + 1),
 }
 
 
@@ -85,7 +85,7 @@ def test_inference_goes_on_with_one_warning(text, caplog):
 
 @pytest.mark.parametrize("config", [["nchw"], [], [[1, 2], 3], "diagonal", 5, 1.5, True])
 def test_a_config_of_another_kind_is_not_followed(config, caplog):
-    write({}).write_text(whole(entry(config=config)))
+    write({}).write_text(whole(entry(backend="onednn", config=config)))
     goes_on(caplog, warnings=0)
 
 
@@ -108,7 +108,7 @@ def test_reading_is_bounded(tmp_path):
         file.truncate(10**9)
     tracemalloc.start()
     try:
-        with pytest.raises(table.TableError, match=r"holds 1000.0 MB"):
+        with pytest.raises(table.TableError, match="has more than 8 MiB"):
             table.read(path, {})
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
@@ -116,7 +116,7 @@ def test_reading_is_bounded(tmp_path):
 
 
 def test_a_table_is_not_written_larger_than_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "LARGEST", 500)
+    monkeypatch.setattr(table, "MAX_BYTES", 500)
     table.merge(tmp_path / "t", {"device": "d"}, {"a": Entry("reference")})
     with pytest.raises(OSError, match="would hold more than"):
         table.merge(tmp_path / "t", {"device": "d"}, {"b" * 400: Entry("reference")})
@@ -130,7 +130,7 @@ def test_a_user_without_a_home(monkeypatch, caplog):
     for name in ("HOME", "RESNET_FUSED_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    assert "set RESNET_FUSED_CACHE" in goes_on(caplog)
+    assert "Set RESNET_FUSED_CACHE" in goes_on(caplog)
 
 
 def test_a_lock_that_another_keeps_does_not_stop_inference(caplog):
