@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnet_fused.training import images
+from resnet_fused.training import image_folder, images
+from resnet_fused.training.data import _samples
 from resnet_fused.training.images import ImageError, ImageTooLargeError, decode
 
 optional.needs("PIL", "numpy")
@@ -68,6 +69,23 @@ def test_no_file_takes_more_than_its_share():
         assert "came" in line, f"{name}: the process died"
         assert line["came"].startswith(HOSTILE.get(name, ("Image", "an image"))), line
         assert line["peak"] < 300, line
+
+
+def test_links_in_a_circle_end(tmp_path):
+    """Each link doubles the ways to every image, for as long as a path may be."""
+    torchvision_folder = optional.torchvision().datasets.folder
+    for name in ("a", "b"):
+        (tmp_path / "data" / name / "deep").mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "data" / name / ("deep" if i % 2 else "") / f"{i}.PNG").write_bytes(blank(8, 8, "PNG"))
+    (tmp_path / "data" / "b" / "notes.txt").write_text("no image")
+    expected = torchvision_folder.make_dataset(str(tmp_path / "data"), extensions=(".png",))
+    data = image_folder(tmp_path / "data", 8, 0)
+    assert _samples(tmp_path / "data")[1] == expected
+    for i in range(3):
+        (tmp_path / "data" / "a" / "deep" / f"up{i}").symlink_to("..")
+    again = image_folder(tmp_path / "data", 8, 0)
+    assert (again.train.samples, again.val.samples, again.digest) == (data.train.samples, data.val.samples, data.digest)
 
 
 def test_bounds_are_checked_before_anything_is_decoded(monkeypatch):
