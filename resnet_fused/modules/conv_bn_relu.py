@@ -87,8 +87,8 @@ class FusedConvBNReLU(FusedModule):
 
 
 def _feature_map(x: Tensor, pairs: list[live.Pair], state: FusedState) -> Tensor:
-    data = [found for pair in pairs if (found := parts.read(*pair)) is not None]
-    return parts.feature_map(x, data, state.channels_last) if len(data) == len(pairs) else x
+    data = [parts.read(conv, norm) for conv, norm in pairs]
+    return x if None in data else parts.feature_map(x, data, state.channels_last)  # type: ignore[arg-type]
 
 
 class FusedStem(FusedModule):
