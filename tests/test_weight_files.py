@@ -247,7 +247,28 @@ def bomb(compression: int = zipfile.ZIP_DEFLATED) -> bytes:
     return data.getvalue()
 
 
+def tuples(zipped: bool) -> bytes:
+    """A dict whose key is a tuple of two tuples of two tuples …, which takes 300 bytes, and for ever to be hashed."""
+    pickled = b"\x80\x02}q\x00K\x01q\x01"
+    for i in range(1, 60):
+        pickled += b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1])
+    pickled += b"K\x05s."
+    whole = saved({"a": torch.zeros(1)}, _use_new_zipfile_serialization=zipped)
+    if not zipped:
+        begin = io.BytesIO(whole)
+        for _ in range(3):
+            pickle.load(begin)
+        return whole[: begin.tell()] + pickled + pickle.dumps([], 2)
+    data = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(data, "w") as new:
+        for part in old.infolist():
+            new.writestr(part.filename, pickled if part.filename.endswith("data.pkl") else old.read(part))
+    return data.getvalue()
+
+
 BAD_PICKLES = {
+    "tuples of tuples": lambda: tuples(True),
+    "tuples of tuples of old": lambda: tuples(False),
     "a compressed tensor": bomb,
     "a large pickle": lambda: saved({"a": list(range(1_000_000))}),
     "a large pickle of old": lambda: saved({"a": list(range(1_000_000))}, _use_new_zipfile_serialization=False),

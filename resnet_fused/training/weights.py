@@ -88,8 +88,7 @@ def _check(file: BinaryIO) -> None:
         file.seek(0)
         begin, ended = io.BytesIO(file.read(_PICKLE)), 0
         while ended < _LEGACY_PICKLES:
-            for _ in pickletools.genops(begin):  # raises where the pickle does not end in time
-                pass
+            _check_pickle(begin)  # raises where the pickle does not end in time
             ended += 1
         return
     size = file.seek(0, io.SEEK_END)
@@ -104,7 +103,43 @@ def _check(file: BinaryIO) -> None:
         raise ValueError("it is no zip file, or one of too many parts")
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
-    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(p.file_size for p in parts) > size:
-        raise ValueError("one of its parts is compressed, or parts overlap")
-    if any(part.file_size > _PICKLE for part in parts if part.filename.endswith(".pkl")):
-        raise ValueError(f"its pickle is larger than {_PICKLE} bytes")
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(p.file_size for p in parts) > size:
+            raise ValueError("one of its parts is compressed, or parts overlap")
+        for part in parts:
+            if part.filename.endswith(".pkl"):
+                if part.file_size > _PICKLE:
+                    raise ValueError(f"its pickle is larger than {_PICKLE} bytes")
+                _check_pickle(io.BytesIO(archive.read(part)))
+
+
+def _check_pickle(stream: BinaryIO) -> None:
+    """Refuse tuples that hold one another over and over: as the key of a dict, the hash of a few takes for ever.
+
+    Follows the stack of one pickle; for each thing on it, how many things it is when written out, 1 but for tuples.
+
+    Raises:
+        ValueError: there are such, or the pickle is corrupt.
+    """
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[int, int] = {}
+    for op, argument, _ in pickletools.genops(stream):
+        name = op.name
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name.startswith("TUPLE"):
+            begin = marks.pop() if name == "TUPLE" else len(stack) - int(name[-1])
+            stack[begin:] = [1 + sum(stack[begin:])]
+            if stack[-1] > _PICKLE:
+                raise ValueError("its tuples hold one another without end")
+        elif name == "MEMOIZE" or name.endswith("PUT"):
+            memo[len(memo) if name == "MEMOIZE" else int(argument)] = stack[-1]
+        elif name == "DUP" or name.endswith("GET"):
+            stack.append(stack[-1] if name == "DUP" else memo[int(argument)])
+        else:
+            taken = op.stack_before
+            if pickletools.markobject in taken:
+                del stack[marks.pop() - taken.index(pickletools.markobject) :]
+            elif taken:
+                del stack[-len(taken) :]
+            stack += [1] * len(op.stack_after)
