@@ -123,6 +123,7 @@ def _check_pickle(stream: BinaryIO) -> None:
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[int, int] = {}
+    argument: Any
     for op, argument, _ in pickletools.genops(stream):
         name = op.name
         if name == "MARK":
