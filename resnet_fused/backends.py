@@ -185,7 +185,7 @@ def _configured(op: str, name: str, config: Any, call: Any) -> Server | None:
         return cast(Server, module)
     if name == Backend.REFERENCE:
         layouts = importlib.import_module("resnet_fused.tuning.layouts")
-        return lookup.Configured(layouts.run, config) if config in lookup.LAYOUTS else None
+        return lookup.Configured(layouts.run, config) if config in (*lookup.LAYOUTS,) else None  # any JSON
     for own in module.configs(call) if hasattr(module, "configs") else ():
         if lookup.plain(own) == config:
             return lookup.Configured(module.run, own)

@@ -33,19 +33,36 @@ def replace(path: Path, data: bytes) -> None:
         raise
 
 
-def opened(path: Path) -> BinaryIO:
+def check_writable(path: Path) -> None:
+    """Make the folder of ``path`` and see that a file can be made there; none is left.
+
+    Raises:
+        OSError: it cannot.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def opened(path: Path, limit: int | None = None) -> BinaryIO:
     """A regular file, open to be read. A pipe or a device in its place neither blocks nor feeds the reader.
 
     Raises:
         OSError: the file cannot be opened.
-        FileError: it is no regular file.
+        FileError: it is no regular file, or has more bytes than ``limit``.
     """
     # Without O_NONBLOCK a pipe without a writer would block here.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    try:
+        facts = os.fstat(handle)
+        if not stat.S_ISREG(facts.st_mode):
+            raise FileError("is no regular file")
+        if limit is not None and facts.st_size > limit:
+            raise FileError(f"has more than {limit / 2**20:g} MiB")
+        return os.fdopen(handle, "rb")
+    except BaseException:
         os.close(handle)
-        raise FileError("is no regular file")
-    return os.fdopen(handle, "rb")
+        raise
 
 
 def read(path: Path, limit: int) -> bytes:
@@ -55,8 +72,8 @@ def read(path: Path, limit: int) -> bytes:
         OSError: the file cannot be read.
         FileError: it is no regular file, or has more bytes.
     """
-    with opened(path) as file:
+    with opened(path, limit) as file:
         data = file.read(limit + 1)
-    if len(data) > limit:
+    if len(data) > limit:  # it has grown meanwhile
         raise FileError(f"has more than {limit / 2**20:g} MiB")
     return data

@@ -271,7 +271,7 @@ TRAPS = (
     trap(
         "unpickling a checkpoint",
         "test_train::test_weights_that_do_not_serve_are_named",
-        ("resnet_fused/training/transfer.py", "weights_only=True", "weights_only=False"),
+        ("resnet_fused/training/weights.py", "weights_only=True", "weights_only=False"),
     ),
     trap(
         "determinism asked for",

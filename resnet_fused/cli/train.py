@@ -146,7 +146,7 @@ def train(args: argparse.Namespace, recipe: Recipe, world: World, device: torch.
     size = args.size or (min(size, 16) if args.data == DIGITS else size)
     data = load_data(args, channels, size)
     head = transfer.fit_head(model, len(data.classes))
-    resumed = open_folder(args.out, args.resume, world)
+    resumed = open_folder(args.out, args.resume, world, transfer.largest_file(model))
     if args.init is not None and resumed is None:
         loaded = transfer.load_weights(model, args.init, head)
         out.print(f"weights of {args.init}" + ("" if loaded else f", but {head}, which is new"), markup=False)
@@ -220,8 +220,10 @@ def probe_synchronised(network: nn.Module, shape: tuple[int, ...]) -> None:
         raise UserError(f"--sync-batchnorm: on a CPU in fused blocks alone: {error}") from error
 
 
-def open_folder(folder: Path, resume: bool, world: World) -> tuple[Path, checkpoint.Checkpoint, list[str]] | None:
-    """Make ``folder``; the checkpoint to go on from, read by the first process for all.
+def open_folder(
+    folder: Path, resume: bool, world: World, most: int
+) -> tuple[Path, checkpoint.Checkpoint, list[str]] | None:
+    """Make ``folder``; the checkpoint to go on from, of at most ``most`` bytes, read by the first process for all.
 
     Raises:
         UserError: ``folder`` holds a run that was not asked for, or cannot be made.
@@ -236,7 +238,7 @@ def open_folder(folder: Path, resume: bool, world: World) -> tuple[Path, checkpo
                 raise UserError(
                     f"{folder} holds a run, at step {there[0][0]}: go on with --resume, or name another --out"
                 )
-            result = checkpoint.newest(folder)
+            result = checkpoint.newest(folder, most)
         except OSError as error:
             result = UserError(f"--out {folder}: {error.strerror}")
         except Exception as error:

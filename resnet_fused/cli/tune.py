@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 import resnet_fused
+from resnet_fused import files
 from resnet_fused.cli.common import (
     LAYOUTS,
     UserError,
@@ -20,8 +22,7 @@ from resnet_fused.cli.common import (
     prepare,
     print_json,
 )
-from resnet_fused.tuning.table import check_writable
-from resnet_fused.tuning.tuner import Tuned, ship, table_path, tune
+from resnet_fused.tuning.tuner import Tuned, check_cache, ship, table_path, tune
 from resnet_fused.tuning.verify import Comparison, verify
 
 
@@ -48,6 +49,12 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    try:  # before a model is made, let alone measured
+        check_cache()
+        if args.ship is not None:
+            files.check_writable(args.ship)
+    except OSError as error:
+        raise UserError(f"the table cannot be written: {error}") from error
     load_plugins(args.load)
     model, x = prepare(args)
     fused = resnet_fused.fuse(model)
@@ -62,13 +69,7 @@ def run(args: argparse.Namespace) -> int:
         ratios = ", ".join(f"{ratio:.2f}" for ratio in result.ratios)
         out.print(f"{done}/{total} {result.key}: {result.choice}, {ratios}x the faster eager", markup=False)
 
-    try:
-        path = table_path(x.device)
-        for written in (path, args.ship):
-            if written is not None:
-                check_writable(written)
-    except OSError as error:
-        raise UserError(f"the table cannot be written: {error}") from error
+    path = table_path(x.device)
     comparisons: list[Comparison] = []
     measuring: dict[str, Any] = {"repeats": args.repeats, "max_seconds": args.seconds}
     try:
@@ -135,5 +136,5 @@ def tuned_table(results: list[Tuned]) -> Table:
     for heading in ("p50 ms", "× eager"):
         table.add_column(heading, justify="right")
     for r in results:
-        table.add_row(r.key, r.choice, f"{r.entry.milliseconds[r.choice]:.3f}", f"{r.speedup:.2f}")
+        table.add_row(r.key, r.choice, f"{r.entry.milliseconds.get(r.choice, math.nan):.3f}", f"{r.speedup:.2f}")
     return table

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -17,10 +17,10 @@ from resnet_fused.testing import models
 from resnet_fused.testing.torchvision_compat import import_torchvision
 from resnet_fused.training import checkpoint, images, transfer
 from resnet_fused.training.data import DIGITS, evaluation_transform
-from resnet_fused.training.errors import CheckpointError
+from resnet_fused.training.errors import CheckpointError, TrainingError
 from resnet_fused.training.loop import logits_of
 
-MAX_SIZE = 2048  # of the images that a trained file may ask for
+SIZES = range(1, 2049)  # that a trained file may ask for; memory grows with the square
 
 import_torchvision()  # before another process unpickles anything of it: beside a CPU-only torch it needs help
 
@@ -88,24 +88,25 @@ def load(model: str, weights: str | None = None) -> Classifier:
 
     Args:
         model: ``torchvision:NAME``, ``timm:NAME`` or another form that ``resnet-fused check`` takes; or the
-            ``model.safetensors`` that ``resnet-fused train`` wrote, which holds everything. A file runs no code: where
-            it was trained as ``package.module:callable``, give that as ``model`` and the file as ``weights``.
+            ``model.safetensors`` that ``resnet-fused train`` wrote, which holds everything. Such a file may name our
+            own builders and models of torchvision and timm. For another model, name that here and the file as
+            ``weights``: its classes and the size of its images are taken from it.
         weights: a file (safetensors, or a state_dict by ``torch.save``); or the name of weights that torchvision or
-            timm downloads (``DEFAULT``; torchvision: ``IMAGENET1K_V1``, …). Not with a trained file.
+            timm downloads (``DEFAULT``; torchvision: ``IMAGENET1K_V1``, …).
 
     Raises:
-        ModelError: the model, or weights of that name, do not exist, or no weights are given.
-        CheckpointError: a file cannot be read or does not fit.
+        ModelError: the model, or weights of that name, do not exist, or no weights are given, or two.
+        CheckpointError: a file cannot be read, is corrupt, or does not fit.
     """
     if model.endswith(".safetensors"):
-        return cast(Classifier, _trained(Path(model)))
+        if weights is not None:
+            raise models.ModelError(f"{model}: holds weights already; leave out {weights!r}, or name a model")
+        return _trained(Path(model), None)
     if weights is None:
         raise models.ModelError(f"{model}: need weights, a file or the name of some to download")
     source, _, name = model.partition(":")
-    if name and source not in ("torchvision", "timm") and weights.endswith(".safetensors"):
-        trained = _trained(Path(weights), named=model)
-        if trained is not None:
-            return trained
+    if weights.endswith(".safetensors") and checkpoint.FACTS in checkpoint.outline(Path(weights)).metadata:
+        return _trained(Path(weights), model)
     if Path(weights).suffix:
         network = models.load(model)
         _load_weights(network, Path(weights))
@@ -117,55 +118,80 @@ def load(model: str, weights: str | None = None) -> Classifier:
         return Classifier(network, Decoder(transform), _numbers(network))
     if source == "torchvision":
         known = importlib.import_module("torchvision").models.get_model_weights(name).__members__
-        of = known.get(weights, known["DEFAULT"])
-        names = of.meta["categories"]
-        network_has = _numbers(network)
-        return Classifier(network, Decoder(of.transforms()), names if len(names) == len(network_has) else network_has)
+        if of := known.get(weights) or known.get("DEFAULT"):
+            names, numbers = of.meta.get("categories", ()), _numbers(network)
+            return Classifier(network, Decoder(of.transforms()), names if len(names) == len(numbers) else numbers)
     channels, size = models.input_shape(model, network)
     return Classifier(network, Decoder(evaluation_transform(size, channels)), _numbers(network))
 
 
-def _trained(path: Path, named: str | None = None) -> Classifier | None:
-    """The classifier in a file that ``resnet-fused train`` wrote; None where ``named`` is not what was trained there.
+@dataclass(frozen=True)
+class _Facts:
+    """What ``resnet-fused train`` wrote beside the weights."""
 
-    Nobody need trust the file: it may name a registered model and no code, which ``named`` alone may do.
-    """
-    tensors, metadata = checkpoint.read(path)
-    if checkpoint.FACTS not in metadata and named is None:
+    model: str
+    size: int
+    classes: list[str]
+
+
+def _trained(path: Path, spec: str | None) -> Classifier:
+    """The classifier in a file by ``resnet-fused train``, of the model ``spec``, or of the known one that it names."""
+    outline = checkpoint.outline(path)
+    facts = _facts(path, outline.metadata)
+    if spec is None:
+        _fits_unbuilt(path, facts, outline.tensors)
+    model = _built(path, facts, spec)
+    _load_weights(model, path)
+    channels = models.input_shape(spec or facts.model, model)[0]
+    if channels not in (1, 3):
+        raise CheckpointError(f"{path}: its model takes images of {channels} channels; need 3 or 1")
+    return Classifier(model.eval(), Decoder(evaluation_transform(facts.size, channels)), facts.classes)
+
+
+def _facts(path: Path, metadata: Mapping[str, str]) -> _Facts:
+    if checkpoint.FACTS not in metadata:
         raise CheckpointError(f"{path}: was not written by resnet-fused train; name its model, and this as its weights")
-    facts = checkpoint.mapping(path, metadata.get(checkpoint.FACTS, "{}"))
-    name, size, classes = (facts.get(key) for key in ("model", "size", "classes"))
-    if named is not None and name != named:
-        return None
+    facts = checkpoint.mapping(path, metadata[checkpoint.FACTS])
+    model, size, classes = (facts.get(key) for key in ("model", "size", "classes"))
     if facts.get("data") == DIGITS:
         raise CheckpointError(f"{path}: has learnt scikit-learn's digits, not image files")
-    if not isinstance(name, str) or type(size) is not int or not 1 <= size <= MAX_SIZE:
-        raise CheckpointError(f"{path}: its metadata is damaged: need a model's name, and a size from 1 to {MAX_SIZE}")
-    if not isinstance(classes, list) or not classes or not all(isinstance(one, str) for one in classes):
-        raise CheckpointError(f"{path}: its metadata is damaged: need the names of the classes")
-    model = models.load(name) if named else _registered(name, len(classes), tensors, path)
-    if not transfer.load_tensors(model, tensors, path, transfer.fit_head(model, len(classes))):
-        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: its last layer has another shape")
-    channels = models.input_shape(name, model)[0]
-    return Classifier(model.eval(), Decoder(evaluation_transform(size, channels)), classes)
+    if not isinstance(model, str) or len(model) > 200:
+        raise CheckpointError(f"{path}: its metadata names no model")
+    if type(size) is not int or size not in SIZES:
+        raise CheckpointError(f"{path}: its metadata says no size of images from 1 to {SIZES[-1]}")
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"{path}: its metadata lists no classes")
+    return _Facts(model, size, classes)
 
 
-def _registered(name: str, classes: int, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """The model of that name, made once a sketch of it without memory has shown that the file holds its tensors."""
+def _built(path: Path, facts: _Facts, spec: str | None) -> nn.Module:
     try:
-        with torch.device("meta"):
-            sketch = models.load(name, registered=True)
+        model = models.load(facts.model, registered=True) if spec is None else models.load(spec)
     except models.ModelError as error:
+        if spec is not None:
+            raise
         raise CheckpointError(f"{path}: {error}; another model must be named, and this file as its weights") from error
-    except Exception:  # a builder that needs its numbers
-        return models.load(name, registered=True)
-    transfer.fitting(sketch, tensors, path, transfer.fit_head(sketch, classes))
-    return models.load(name, registered=True)
+    try:
+        transfer.fit_head(model, len(facts.classes))
+    except TrainingError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return model
+
+
+def _fits_unbuilt(path: Path, facts: _Facts, tensors: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes before memory is taken: a small file may name the largest model there is."""
+    with torch.device("meta"):
+        outline = _built(path, facts, None)
+    _check_head(transfer.fit(outline, tensors, path, transfer.head_of(outline)), outline, path)
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
-    head = transfer.head_of(model)
-    if not transfer.load_weights(model, path, head):
+    _check_head(transfer.load_weights(model, path, transfer.head_of(model)), model, path)
+
+
+def _check_head(fits: bool, model: nn.Module, path: Path) -> None:
+    if not fits:
+        head = transfer.head_of(model)
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {head} has another shape or is not there")
 
 

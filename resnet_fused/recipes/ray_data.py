@@ -18,6 +18,7 @@ import ray
 import ray.data
 import torch
 
+from resnet_fused import files
 from resnet_fused.cli.common import positive
 from resnet_fused.recipes.classifier import Classifier, Predictor, load
 from resnet_fused.testing.models import FORMS, ModelError
@@ -26,15 +27,19 @@ from resnet_fused.training.images import EXTENSIONS
 
 
 class Decode:
-    """From a file's path to its name in the folder, the model's input and, should it be broken, why."""
+    """From a file's path to its name in the folder, the model's input and, should it be broken, why.
+
+    Paths come as bytes: not all are text.
+    """
 
     def __init__(self, classifier: Classifier, folder: str) -> None:
         self.decode, self.folder, self.blank = classifier.decode, folder, classifier.decode.blank().numpy()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        file = os.path.relpath(row["path"], self.folder)
+        path = os.fsdecode(row["path"])
+        file = os.path.relpath(path, self.folder).encode(errors="surrogateescape").decode(errors="backslashreplace")
         try:
-            return {"file": file, "image": self.decode.file(Path(row["path"])).numpy(), "error": ""}
+            return {"file": file, "image": self.decode.file(Path(path)).numpy(), "error": ""}
         except ValueError as error:
             return {"file": file, "image": self.blank, "error": str(error)}
 
@@ -70,8 +75,8 @@ def classify(folder: str, classifier: Classifier, *, batch: int = 32, actors: in
         DataError: there is no image.
     """
     folder = os.path.abspath(folder)
-    files = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
-    paths = [{"path": path} for path in files if path.lower().endswith(EXTENSIONS)]
+    found = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
+    paths = [{"path": os.fsencode(path)} for path in found if path.lower().endswith(EXTENSIONS)]
     if not paths:
         raise DataError(f"{folder}: no image there; need files ending in {', '.join(EXTENSIONS)}")
     there = ray.cluster_resources()
@@ -103,7 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--actors", type=positive, default=1, help="models at once (default %(default)s)")
     args = parser.parse_args(argv)
     try:
+        files.check_writable(Path(args.out))  # now, not after hours
         classifier = load(args.model, args.weights)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror or error}")
     except (ModelError, TrainingError) as error:
         parser.error(str(error))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

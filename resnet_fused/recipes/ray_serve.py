@@ -13,6 +13,7 @@ What a request may cost is bounded: ``images`` bounds a body's bytes and an imag
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 from ray import serve
@@ -52,7 +53,7 @@ class Intake:
         length = 0
         try:
             declared = request.headers.get("content-length", "")
-            if declared.isdecimal() and (len(declared) > 18 or int(declared) > images.MAX_BYTES):
+            if declared.isascii() and declared.isdecimal() and (len(declared) > 18 or int(declared) > images.MAX_BYTES):
                 raise Refused(413, f"the body has {declared[:20]} bytes; at most {images.MAX_BYTES} are read")
             async for chunk in request.stream():
                 length += len(chunk)
@@ -97,7 +98,8 @@ class Server:
         except Refused as error:
             return JSONResponse({"error": str(error)}, status_code=error.status)
         label, probability = await self.answer(image)
-        return JSONResponse({"label": label, "probability": probability})
+        # JSON has no NaN, which broken weights give.
+        return JSONResponse({"label": label, "probability": probability if math.isfinite(probability) else None})
 
 
 def app(args: dict[str, Any]) -> serve.Application:

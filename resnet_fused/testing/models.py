@@ -34,8 +34,8 @@ def load(spec: str, *, registered: bool = False) -> nn.Module:
     Args:
         spec: one of our builders (``resnet50``), ``torchvision:NAME``, ``timm:NAME``, or
             ``package.module:callable``: a callable without arguments that returns a module, or a module.
-        registered: refuse the last form, and whatever is no plain name in the registry of its package. For names that
-            do not come from the user but from a file: nothing is imported or downloaded that the file chooses.
+        registered: refuse the last form, and whatever is no plain name that its package itself has registered. For
+            names that do not come from the user but from a file: nothing is imported or downloaded that it chooses.
 
     Raises:
         ModelError: the form or the name is unknown, a package is missing, or the callable fails.
@@ -48,9 +48,9 @@ def load(spec: str, *, registered: bool = False) -> nn.Module:
     if registered and (source not in ("torchvision", "timm") or not _PLAIN.fullmatch(name) or "__" in name):
         raise ModelError(f"model {spec[:200]!r}: a file may name one of our builders, torchvision:NAME or timm:NAME")
     if source == "torchvision":
-        return _torchvision(name).eval()
+        return _torchvision(name, registered).eval()
     if source == "timm":
-        return _timm(name).eval()
+        return _timm(name, registered).eval()
     return _imported(source, name).eval()
 
 
@@ -74,7 +74,7 @@ def _ours(name: str) -> nn.Module:
     return getattr(package, name)()  # type: ignore[no-any-return]
 
 
-def _torchvision(name: str) -> nn.Module:
+def _torchvision(name: str, own: bool) -> nn.Module:
     from resnet_fused.testing.torchvision_compat import import_torchvision
 
     try:
@@ -86,13 +86,18 @@ def _torchvision(name: str) -> nn.Module:
         builder = models.get_model_builder(name)
     except ValueError as error:
         raise ModelError(f"torchvision has no model {name!r}{_close(name, models.list_models())}") from error
+    if own:
+        _check_origin("torchvision", name, builder)
     # Without weights_backbone=None segmentation and detection models download a backbone.
     options = {"weights": None, "weights_backbone": None}
     accepted = inspect.signature(builder).parameters
-    return builder(**{key: value for key, value in options.items() if key in accepted})  # type: ignore[no-any-return]
+    try:
+        return builder(**{k: v for k, v in options.items() if k in accepted})  # type: ignore[no-any-return]
+    except Exception as error:
+        raise ModelError(f"torchvision cannot make {name!r}: {error}") from error
 
 
-def _timm(name: str) -> nn.Module:
+def _timm(name: str, own: bool) -> nn.Module:
     try:
         if importlib.util.find_spec("torchvision") is not None:
             from resnet_fused.testing.torchvision_compat import import_torchvision
@@ -103,7 +108,18 @@ def _timm(name: str) -> nn.Module:
         raise ModelError(_missing("timm", error)) from error
     if not timm.is_model(name):
         raise ModelError(f"timm has no model {name!r}{_close(name, timm.list_models())}")
-    return timm.create_model(name, pretrained=False)  # type: ignore[no-any-return]
+    if own:
+        _check_origin("timm", name, timm.model_entrypoint(name))
+    try:
+        return timm.create_model(name, pretrained=False)  # type: ignore[no-any-return]
+    except Exception as error:  # among others for a tag of weights that the architecture does not have
+        raise ModelError(f"timm cannot make {name!r}: {error}") from error
+
+
+def _check_origin(package: str, name: str, builder: Any) -> None:
+    """See that ``package`` itself brings this entry of its registry, to which others may add."""
+    if builder.__module__.split(".")[0] != package:
+        raise ModelError(f"{package}:{name} is registered by {builder.__module__}; need a model of {package} itself")
 
 
 def _imported(module_name: str, name: str) -> nn.Module:

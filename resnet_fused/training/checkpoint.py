@@ -1,5 +1,4 @@
-"""Checkpoints and weights as safetensors: written whole or not at all, and read only when every byte is what was
-written."""
+"""Checkpoints as safetensors: written whole or not at all, and read only when every byte is what was written."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +17,15 @@ from torch import Tensor
 from resnet_fused import files
 from resnet_fused.training.errors import CheckpointError
 
+LARGEST = 1 << 40  # bytes of a file, where nothing says how many are needed
+FACTS = "resnet_fused"  # under this name a trained model's file says what it is
+STATE = "state"  # and under this one a run's checkpoint says where the run was
+# Their texts begin with a checksum: in an entry of its own it would come before or after at random, and equal weights
+# would not make equal files.
+_SEALED = re.compile(r"([0-9a-f]{8}) (?=\{)")
+_HEADER = 8 << 20  # bytes of names, shapes and metadata: a thousand tensors take a tenth of a megabyte
 _NAME = re.compile(r"checkpoint-(\d{8,})\.safetensors")
 _UNFINISHED = ".unfinished"
-_MAX_HEADER = 8 * 2**20  # bytes: names, shapes and metadata of tens of thousands of tensors and classes
-STATE = "state"  # in the metadata: what a checkpoint holds besides tensors
-FACTS = "resnet_fused"  # in the metadata of trained weights: the model, its classes and the size of its images
-_CHECKSUM = "checksum"
 
 
 class Checkpoint(NamedTuple):
@@ -33,10 +35,18 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
+class Outline(NamedTuple):
+    """What a safetensors file says of itself: tensors of the meta device by name, and its metadata."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file so that ``path`` holds, at any moment, what it held before or all of the new file.
 
-    Where ``metadata`` has ``STATE`` or ``FACTS``, a checksum is added, which :func:`read` compares.
+    The texts that ``metadata`` has under ``STATE`` or ``FACTS`` get a checksum of the whole, which :func:`read`
+    compares.
 
     Raises:
         CheckpointError: it cannot be written; what was there before is untouched.
@@ -45,13 +55,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     from safetensors.torch import save_file
 
     unfinished = path.with_name(path.name + _UNFINISHED)
-    kept = dict(metadata)
-    if STATE in kept:
-        kept[_CHECKSUM] = _checksum(tensors, kept[STATE])
-    elif FACTS in kept:  # in the same entry, as the order of several is random and equal weights make equal files
-        kept[FACTS] = f"{_checksum(tensors, kept[FACTS])} {kept[FACTS]}"
     try:
-        save_file(dict(tensors), unfinished, kept)
+        ours = {k: f"{_checksum(tensors, text)} {text}" for k, text in metadata.items() if k in (STATE, FACTS)}
+        save_file(dict(tensors), unfinished, {**metadata, **ours})
         _sync(unfinished)
         os.replace(unfinished, path)
         _sync(path.parent)
@@ -62,7 +68,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write ``checkpoint`` with a checksum. Tensors may lie on any device, in any strides, and share memory.
+    """Write ``checkpoint``. Its tensors may lie on any device, in any strides, and share memory.
 
     Raises:
         CheckpointError: see :func:`write`.
@@ -75,20 +81,20 @@ def packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
 
 
-def load(path: Path) -> Checkpoint:
-    """Read what :func:`save` wrote.
+def load(path: Path, most: int = LARGEST) -> Checkpoint:
+    """Read what :func:`save` wrote; ``most`` as for :func:`read`.
 
     Raises:
         CheckpointError: it cannot be read, is truncated, is no checkpoint, or some byte is not what was written.
     """
-    tensors, metadata = read(path)
-    if STATE not in metadata or _CHECKSUM not in metadata:
+    tensors, metadata = read(path, most)
+    if STATE not in metadata:
         raise CheckpointError(f"{path}: is no checkpoint of a training run")
     return Checkpoint(tensors, mapping(path, metadata[STATE]))
 
 
 def mapping(path: Path, text: str) -> dict[str, Any]:
-    """The JSON object in the metadata of the file ``path``.
+    """The JSON object in a file's metadata.
 
     Raises:
         CheckpointError: ``text`` is none.
@@ -98,44 +104,78 @@ def mapping(path: Path, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its metadata is no JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: its metadata is a {type(value).__name__}, need a JSON object")
+        raise CheckpointError(f"{path}: its metadata is a JSON {type(value).__name__}, need an object")
     return value
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata. What this package wrote is compared with its checksum.
+def read(path: Path, most: int = LARGEST) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata. Files that we wrote are compared with their checksum.
+
+    Args:
+        path: a regular file.
+        most: bytes that it may hold.
 
     Raises:
-        CheckpointError: it cannot be read, is no regular file, is truncated, or some byte is not what was written.
+        CheckpointError: it cannot be read, is too large, is truncated, or some byte is not what we wrote.
     """
+    with _opened(path, most) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = _texts(path, file.metadata() or {}, tensors)
+    return tensors, metadata
+
+
+def outline(path: Path, most: int = LARGEST) -> Outline:
+    """What :func:`read` would give, with tensors that have a shape and no values: its cost does not grow with theirs.
+
+    The checksum is not looked at.
+
+    Raises:
+        CheckpointError: as for :func:`read`.
+    """
+    with _opened(path, most) as file:
+        names = list(file.keys())
+        tensors = {n: torch.empty(file.get_slice(n).get_shape(), device="meta") for n in names}
+        return Outline(tensors, _texts(path, file.metadata() or {}, None))
+
+
+def _texts(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor] | None) -> dict[str, str]:
+    """The metadata without checksums, which are compared where there are ``tensors``."""
+    texts = {}
+    for key, text in metadata.items():
+        sealed = _SEALED.match(text)
+        if key in (STATE, FACTS) and sealed is None:
+            raise CheckpointError(f"{path}: has no checksum: it is corrupt, or an earlier version wrote it; train anew")
+        texts[key] = text[sealed.end() :] if sealed else text
+        # A checksum under another name is ours too: a bit of the name is wrong.
+        if sealed and tensors is not None and (
+            key not in (STATE, FACTS) or sealed[1] != _checksum(tensors, texts[key])
+        ):  # fmt: skip
+            raise CheckpointError(f"{path}: is corrupt: its checksum is not that of its contents")
+    return texts
+
+
+@contextlib.contextmanager
+def _opened(path: Path, most: int) -> Iterator[Any]:
+    """A safetensors file, open; whatever is wrong with it while the body reads from it is a CheckpointError."""
     from safetensors import safe_open
 
     try:
-        with files.opened(path) as start:
-            header = int.from_bytes(start.read(8), "little")
-        if header > _MAX_HEADER:
-            raise CheckpointError(f"{path}: is corrupt or truncated: its header has {header} bytes")
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata: dict[str, str] = file.metadata() or {}
-        found, text = metadata.get(_CHECKSUM), metadata.get(STATE)
-        if text is None and FACTS in metadata:
-            found, _, text = metadata[FACTS].partition(" ")
-            metadata = metadata | {FACTS: text}
-        sound = found is None or text is None or found == _checksum(tensors, text)
+        with files.opened(path, most) as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > _HEADER:
+            raise CheckpointError(
+                f"{path}: is corrupt or truncated: its header has {length} bytes; need at most {_HEADER}"
+            )
+        with safe_open(path, "pt") as content:
+            yield content
     except CheckpointError:
         raise
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except files.FileError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except Exception as error:  # safetensors and torch raise a dozen kinds for types and shapes that they do not know
-        raise CheckpointError(f"{path}: is corrupt or truncated: {error}") from error
-    if found is not None and found.startswith("{"):
-        raise CheckpointError(f"{path}: has no checksum: it is corrupt, or an earlier version wrote it; train anew")
-    if not sound:
-        raise CheckpointError(f"{path}: is corrupt: its checksum is not that of its contents")
-    return tensors, metadata
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # SafetensorError, and what torch raises for dtypes and shapes that it does not know
+        raise CheckpointError(f"{path}: is corrupt or truncated: {str(error)[:200]}") from error
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -149,16 +189,16 @@ def found(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(m[1]), path) for m, path in matches if m), reverse=True)
 
 
-def newest(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:
+def newest(folder: Path, most: int = LARGEST) -> tuple[Path, Checkpoint, list[str]] | None:
     """The newest checkpoint in ``folder`` that is sound, and what is wrong with those after it; None without any.
 
     Raises:
-        CheckpointError: there are checkpoints, and none of them is sound.
+        CheckpointError: there are checkpoints, and none of them is sound; ``most`` as for :func:`read`.
     """
     problems: list[str] = []
     for _, path in found(folder):
         try:
-            return path, load(path), problems
+            return path, load(path, most), problems
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
@@ -173,7 +213,8 @@ def prune(folder: Path, step: int, keep: int) -> None:
     """
     old = [path for at, path in found(folder) if at <= step][keep:]
     for path in (*old, *folder.glob(f"*{_UNFINISHED}")):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder of that name, say: no reason to end a run
+            path.unlink()
 
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -6,6 +6,7 @@ So nothing about the data needs to be kept in a checkpoint but how far the run h
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,12 +196,28 @@ def _samples(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}") from error
     extensions = torchvision_folder.IMG_EXTENSIONS
-    samples = torchvision_folder.make_dataset(str(folder), indices, extensions, allow_empty=True)
+    samples = [(path, indices[name]) for name in classes for path in _images_in(os.path.join(folder, name), extensions)]
     present = {label for _, label in samples}
     for name in classes:
         if indices[name] not in present:
             raise DataError(f"{folder / name}: no image in this class folder; need {', '.join(extensions)}")
     return classes, samples
+
+
+def _images_in(folder: str, extensions: tuple[str, ...]) -> list[str]:
+    """Paths of the images in a folder and those within it, in torchvision's order. Links are followed, but no folder is
+    read twice: a link to a folder above would not end."""
+    found: list[tuple[str, list[str]]] = []
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found.append((parent, sorted(name for name in names if name.lower().endswith(extensions))))
+    return [os.path.join(parent, name) for parent, names in sorted(found) for name in names]
 
 
 def _split(

@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler
 from resnet_fused.training.checkpoint import Checkpoint
 from resnet_fused.training.data import Data, Images, Keyed, collate
 from resnet_fused.training.errors import CheckpointError, DataError, TrainingError
-from resnet_fused.training.transfer import MODEL
+from resnet_fused.training.weights import MODEL
 from resnet_fused.training.world import World
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZER = "optimizer."
 RNG = "rng."
+_ROW = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy")
 
 
 @dataclass(frozen=True)
@@ -193,17 +194,10 @@ class Trainer:
         """Go on where the run that made ``checkpoint`` was.
 
         Raises:
-            CheckpointError: that run had another recipe, data or model, or what it kept is damaged; the message names
-                what differs, and ``source``.
+            CheckpointError: that run had another recipe, data or model; the message names what differs, and ``source``.
         """
-        try:
-            self._restore(checkpoint, source)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{source}: holds no state of such a run that can be restored: {reason}") from error
-
-    def _restore(self, checkpoint: Checkpoint, source: str) -> None:
-        theirs = checkpoint.state.get("identity", {})
+        theirs = checkpoint.state.get("identity")
+        theirs = theirs if isinstance(theirs, dict) else {}
         for key in (*self.identity, *theirs):
             was, now = theirs.get(key), self.identity.get(key)
             if was != now:
@@ -211,24 +205,42 @@ class Trainer:
                     f"{source}: was written by a run with {key} {was!r}, this one has {now!r}; go on with what it had, "
                     f"or begin another run elsewhere (its weights alone: --init {source})"
                 )
-        tensors = checkpoint.tensors
-        weights = {name.removeprefix(MODEL): value for name, value in tensors.items() if name.startswith(MODEL)}
         try:
-            self.model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise CheckpointError(f"{source}: does not fit the model: {error}") from error
+            self._restore(checkpoint)
+        except Exception as error:  # a checkpoint that was made to look sound may hold anything
+            raise CheckpointError(f"{source}: does not fit the run: {type(error).__name__}: {error}") from error
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        tensors, state = checkpoint.tensors, checkpoint.state
+        step, history = state["step"], state["history"]
+        if type(step) is not int or not 0 <= step <= self.steps:
+            raise ValueError(f"step is {step!r}, need one from 0 to {self.steps}")
+        numbers = all(isinstance(row[key], (int, float)) for row in history for key in _ROW)
+        if not isinstance(history, list) or not numbers or len(history) > step // self.steps_per_epoch:
+            raise ValueError("its history is not that of so many steps")
+        self.model.load_state_dict({n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)})
         parameters = self.optimizer.param_groups[0]["params"]
-        state: dict[int, dict[str, Tensor]] = {}
+        momenta: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith(OPTIMIZER):
                 index, _, key = name.removeprefix(OPTIMIZER).partition(".")
                 like = parameters[int(index)]  # its strides too
-                state.setdefault(int(index), {})[key] = torch.empty_like(like).copy_(value)
-        self.optimizer.load_state_dict({"state": state, "param_groups": checkpoint.state["groups"]})
-        self.schedule.load_state_dict(checkpoint.state["schedule"])
-        self.scaler.load_state_dict(checkpoint.state["scaler"])
-        self.step, self.history = checkpoint.state["step"], list(checkpoint.state["history"])
-        self._totals.copy_(tensors["totals"] if self.world.first else torch.zeros(3))
+                if value.shape != like.shape:
+                    raise ValueError(f"{name} has another shape than its parameter")
+                momenta.setdefault(int(index), {})[key] = torch.empty_like(like).copy_(value)
+        own = self.optimizer.state_dict()["param_groups"]
+        if not _alike(state["groups"], own) or not _alike(state["schedule"], self.schedule.state_dict()):
+            raise ValueError("the optimizer's settings are of another kind")
+        self.optimizer.load_state_dict({"state": momenta, "param_groups": state["groups"]})
+        if self.optimizer.param_groups[0].keys() < own[0].keys():
+            raise ValueError("some of the optimizer's settings are missing")
+        totals = tensors["totals"]
+        if totals.shape != self._totals.shape or totals.dtype != self._totals.dtype:
+            raise ValueError(f"totals is {totals.dtype} {tuple(totals.shape)}")
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.history = step, list(history)
+        self._totals.copy_(totals if self.world.first else torch.zeros(3))
         self._set_rng({kind: tensors.get(f"{RNG}{self.world.rank}.{kind}") for kind in ("cpu", "cuda")})
 
     def _learn(self, x: Tensor, y: Tensor) -> None:
@@ -343,6 +355,17 @@ class _Batches(Sampler[list[tuple[int, int]]]):
                 self.sampler.set_epoch(epoch)
                 order = list(self.sampler)
             yield [(epoch, i) for i in order[position * self.batch : (position + 1) * self.batch]]
+
+
+def _alike(value: Any, own: Any) -> bool:
+    """Whether ``value``, out of a file, is built as ``own`` is: numbers where that has numbers, and so on."""
+    if isinstance(own, dict):
+        return isinstance(value, dict) and all(key not in own or _alike(item, own[key]) for key, item in value.items())
+    if isinstance(own, (list, tuple)):
+        return isinstance(value, list) and len(value) == len(own) and all(map(_alike, value, own))
+    if isinstance(own, (int, float)) and not isinstance(own, bool):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value is None or own is None or type(value) is type(own)
 
 
 def logits_of(output: Any) -> Tensor:

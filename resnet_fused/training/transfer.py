@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import files
-from resnet_fused.training import checkpoint
+from resnet_fused.training import weights
 from resnet_fused.training.errors import CheckpointError, TrainingError
-
-MODEL = "model."  # what the names of a model's tensors begin with in a checkpoint
 
 
 def fit_head(model: nn.Module, classes: int) -> str:
@@ -60,44 +55,57 @@ def load_weights(model: nn.Module, path: Path, head: str) -> bool:
     Raises:
         CheckpointError: the file cannot be read, or anything but the head does not fit; ``model`` is then unchanged.
     """
-    return load_tensors(model, _read(path), path, head)
-
-
-def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, head: str) -> bool:
-    """:func:`load_weights` with the tensors that were read from ``path`` already."""
-    weights, fits = fitting(model, tensors, path, head)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:  # types and layouts that cannot be copied
-        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {error}") from error
+    own, most = model.state_dict(), largest_file(model)
+    if path.suffix == ".safetensors":
+        fit(model, weights.outline(path, most), path, head)  # before a byte of what does not fit is read
+    found = weights.read(path, most)
+    fits = fit(model, found, path, head)
+    values = {}
+    for name, value in own.items():
+        if name in found and (fits or not name.startswith(f"{head}.")):
+            values[name] = _dense(found[name], value.dtype, name, path)
+        else:
+            values[name] = value
+    model.load_state_dict(values)
     return fits
 
 
-def fitting(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, head: str) -> tuple[dict[str, Tensor], bool]:
-    """The state_dict for ``model`` that :func:`load_tensors` would load, and whether the head is among it.
+def fit(model: nn.Module, found: Mapping[str, Tensor], path: Path, head: str) -> bool:
+    """See that tensors of these names and shapes, from ``path``, fit ``model``; whether the layer ``head`` does too.
+
+    Values are not looked at: both may lie on the meta device.
 
     Raises:
         CheckpointError: anything but the head does not fit.
     """
-    weights = dict(tensors)
     own = model.state_dict()
-    heads = [name for name in own if name.startswith(f"{head}.")]
-    fits = all(name in weights and weights[name].shape == own[name].shape for name in heads)
-    if not fits:
-        weights = {name: value for name, value in weights.items() if not name.startswith(f"{head}.")}
-        weights.update({name: own[name] for name in heads})
-    counters = {name: own[name] for name in own.keys() - weights.keys() if name.endswith(".num_batches_tracked")}
-    weights.update(counters)  # files from before PyTorch 0.4.1 lack them
+    heads = {name for name in own if name.startswith(f"{head}.")}
+    fits = all(name in found and found[name].shape == own[name].shape for name in heads)
+    names = own.keys() if fits else own.keys() - heads
+    theirs = found.keys() if fits else {name for name in found if not name.startswith(f"{head}.")}
+    lacking = {name for name in names - theirs if not name.endswith(".num_batches_tracked")}  # before PyTorch 0.4.1
     problems = [
-        *_listed("lacks", own.keys() - weights.keys()),
-        *_listed("has the unknown", weights.keys() - own.keys()),
-        *_listed(
-            "has another shape of", [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
-        ),
-    ]  # fmt: skip
+        *_listed("lacks", lacking),
+        *_listed("has the unknown", theirs - names),
+        *_listed("has another shape of", [n for n in names & theirs if own[n].shape != found[n].shape]),
+    ]
     if problems:
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: it {'; it '.join(problems)}")
-    return weights, fits
+    return fits
+
+
+def largest_file(model: nn.Module) -> int:
+    """Bytes of a file that may hold this model: with optimizers, averages and a larger head, in wider dtypes."""
+    return int(8 * sum(value.nbytes for value in model.state_dict().values()) + (64 << 20))
+
+
+def _dense(value: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:
+    if value.is_meta or value.is_quantized or value.is_complex() or value.layout != torch.strided:
+        raise CheckpointError(f"{path}: {name} is no dense tensor of real numbers: {value.layout}, {value.dtype}")
+    try:
+        return value.to(dtype)
+    except (RuntimeError, NotImplementedError) as error:  # dtypes that PyTorch only stores
+        raise CheckpointError(f"{path}: {name} is {value.dtype}, which does not convert to {dtype}") from error
 
 
 def freeze_until(model: nn.Module, name: str) -> list[nn.Module]:
@@ -125,42 +133,7 @@ def freeze_until(model: nn.Module, name: str) -> list[nn.Module]:
     return frozen
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        tensors, metadata = checkpoint.read(path)
-        if checkpoint.STATE in metadata:
-            tensors = {n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)}
-        return tensors
-    try:
-        with files.opened(path) as file:
-            _check_stored(file)
-            content: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    except Exception as error:  # zipfile, pickle and torch raise a dozen kinds
-        raise CheckpointError(
-            f"{path}: is corrupt, or no file of weights alone (need safetensors, or a state_dict by torch.save): "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path}: holds no state_dict")
-    return {str(name).removeprefix("module."): value for name, value in content.items()}
-
-
-def _check_stored(file: BinaryIO) -> None:
-    """Refuse an archive with compressed parts: a few bytes could become any number. ``torch.save`` compresses none."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            for part in archive.infolist():
-                if part.compress_type != zipfile.ZIP_STORED or part.file_size > part.compress_size:
-                    raise files.FileError(f"its part {part.filename[:100]!r} is compressed")
-    file.seek(0)
-
-
 def _listed(what: str, names: Iterable[str]) -> list[str]:
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"{what} {', '.join(names[:3])}{more}"] if names else []
+    return [f"{what} {', '.join(name[:100] for name in names[:3])}{more}"] if names else []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import sys
-import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,14 +99,20 @@ def load(path: Path, environment: Mapping[str, str]) -> dict[str, Entry]:
     except TableError:
         pass
     except OSError as error:
-        logger.warning("the tuning table %s cannot be read and is ignored: %s", path, error)
+        warn_once(f"the tuning table {path} cannot be read and is ignored: {error}")
         return {}
     try:
-        with _locked(path):
+        with _locked(path, seconds=1):
             return _read_or_set_aside(path, environment)
     except OSError as error:
-        logger.warning("the tuning table %s is ignored, and cannot be set aside: %s", path, error)
+        warn_once(f"the tuning table {path} is ignored, and cannot be set aside: {error}")
         return {}
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """Say it in this process once, however often the tables are read."""
+    logger.warning("%s", line)
 
 
 def check_writable(path: Path) -> None:
@@ -114,8 +121,8 @@ def check_writable(path: Path) -> None:
     Raises:
         OSError: it cannot.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path), tempfile.TemporaryFile(dir=path.parent):
+    files.check_writable(path)
+    with _locked(path):
         pass
 
 
@@ -136,7 +143,10 @@ def merge(path: Path, environment: Mapping[str, str], entries: Mapping[str, Entr
             "environment": dict(sorted(environment.items())),
             "entries": {key: _plain(merged[key]) for key in sorted(merged)},
         }
-        files.replace(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+        data = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+        if len(data) > MAX_BYTES:
+            raise OSError(f"{path} would hold more than {MAX_BYTES / 2**20:g} MiB; remove it, and tune what you use")
+        files.replace(path, data)
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
@@ -147,25 +157,40 @@ def _read_or_set_aside(path: Path, environment: Mapping[str, str]) -> dict[str, 
     try:
         return read(path, environment)
     except TableError as error:
-        number = 0
-        while (aside := path.with_name(f"{path.name}.bad{number}")).exists():
-            number += 1
+        names = [path.with_name(f"{path.name}.bad{number}") for number in range(10)]
+        aside = next((name for name in names if not name.exists()), names[-1])
         os.replace(path, aside)
         logger.warning("the tuning table %s is ignored (%s) and kept as %s", path, error, aside.name)
         return {}
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Alone among the processes that use this file. The lock is the system's: it ends with the process."""
+def _locked(path: Path, seconds: float = 60) -> Iterator[None]:
+    """Alone among the processes that use this file. The lock is the system's: it ends with the process.
+
+    Raises:
+        OSError: another process keeps it for so many ``seconds``, or it cannot be made.
+    """
     with path.with_name(path.name + ".lock").open("a+b") as file:
+        end = time.monotonic() + seconds
+        while not _locks(file):
+            if time.monotonic() > end:
+                raise TimeoutError(f"another process keeps {file.name} locked")
+            time.sleep(0.005)
+        yield  # closing the file ends the lock
+
+
+def _locks(file: Any) -> bool:
+    try:
         if sys.platform == "win32":
             import msvcrt
 
             file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file ends the lock
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # Windows says the latter
+        return False
+    return True

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import backends, registry
+from resnet_fused import backends, files, registry
 from resnet_fused.modules.warmup import warmup
 from resnet_fused.ops import block, packed
 from resnet_fused.ops.block import BlockCall, run_chain
@@ -50,10 +50,11 @@ class Tuned:
 
     @property
     def speedup(self) -> float:
-        """How many times faster than the faster of eager's layouts; NaN where eager was not timed."""
+        """How many times faster than the faster of eager's layouts; NaN where one of both was not timed."""
         times = self.entry.milliseconds
         eager = min((time for name, time in times.items() if name.split(" ")[0] == EAGER), default=math.nan)
-        return eager / times[self.choice]
+        own = times.get(self.choice, math.nan)
+        return eager / own if own else math.nan
 
 
 def label(entry: Entry) -> str:
@@ -89,8 +90,9 @@ def tune(
 
     Raises:
         ValueError: no fused op ran.
-        OSError: the table cannot be written.
+        OSError: the table cannot be written; said before anything is measured.
     """
+    check_cache()
     calls = record(model, *inputs)
     if not calls:
         raise ValueError("model: no fused op ran on this input; fuse it, and call .eval() before tuning")
@@ -114,6 +116,15 @@ def tune(
     finally:
         lookup.forget()
     return results
+
+
+def check_cache() -> None:
+    """See that tables can be written in the cache directory, which is made.
+
+    Raises:
+        OSError: they cannot.
+    """
+    files.check_writable(environment.path_for({"device": "check"}))
 
 
 def table_path(device: torch.device) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.resources
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from resnet_fused.testing.compare import check, fused_parts
 from resnet_fused.testing.statistics import calibrate
 from resnet_fused.testing.timing import interleaved
 from resnet_fused.training.data import DEVIATION, MEAN
+from resnet_fused.training.images import decode
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,13 @@ def crops(size: int, rows: int, columns: int) -> Tensor:
 
     The crops lie evenly between the photograph's edges, and overlap where they must.
     """
-    from sklearn.datasets import load_sample_images
+    import numpy as np
 
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
     cut = []
-    for photograph in load_sample_images().images:
-        image = torch.tensor(photograph).permute(2, 0, 1).float() / 255
+    photographs = importlib.resources.files("sklearn.datasets.images").iterdir()
+    for file in sorted((f for f in photographs if f.name.endswith(".jpg")), key=lambda f: f.name):
+        image = torch.tensor(np.asarray(decode(file.read_bytes()))).permute(2, 0, 1).float() / 255
         image = (image - mean) / deviation
         tops, lefts = (_offsets(length, size, n) for length, n in zip(image.shape[1:], (rows, columns), strict=True))
         cut += [image[:, top : top + size, left : left + size] for top in tops for left in lefts]
