@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from resnet_fused.training.data import evaluation_transform
 
-optional.needs("ray", "starlette", "PIL", "torchvision")
+optional.needs("starlette", "PIL", "torchvision")
 hostile_images = importlib.import_module("hostile_images")
 recipe = importlib.import_module("resnet_fused.recipes.classifier")
 Request = importlib.import_module("starlette.requests").Request
@@ -29,6 +29,7 @@ PNG = hostile_images.blank(8, 8, "PNG")
 @pytest.fixture(scope="module")
 def serving() -> Any:
     """The recipe, in a module of its own."""
+    optional.needs("ray")
     spec = importlib.util.find_spec("resnet_fused.recipes.ray_serve")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -122,7 +123,8 @@ def test_a_body_of_any_kind_is_answered_or_refused(ask, parts):
 
 def test_folders_hold_anything(tmp_path):
     """Ray Data's part: each file gives an image or the reason; the model's input is never of another shape."""
-    data = pytest.importorskip("resnet_fused.recipes.ray_data")
+    optional.needs("ray")
+    data = importlib.import_module("resnet_fused.recipes.ray_data")
     classifier = recipe.Classifier(None, recipe.Decoder(evaluation_transform(8)), ["cat"])
     (tmp_path / "good.png").write_bytes(PNG)
     (tmp_path / "line.png").write_bytes(hostile_images.IMAGES["a line"]())
