@@ -221,7 +221,7 @@ def test_pickles_are_read_in_another_process(tmp_path):
         torch.save((model, x, model(x)), tmp_path / "model.pt")
     code = (
         "import sys, torch; from resnet_fused.testing.torchvision_compat import import_torchvision\n"
-        "optional.torchvision(); m, x, y = torch.load(sys.argv[1], weights_only=False)\n"
+        "import_torchvision(); m, x, y = torch.load(sys.argv[1], weights_only=False)\n"
         "import resnet_fused as rf\n"
         "with torch.no_grad(): torch.testing.assert_close(m(x), y)\n"
         "assert len(rf.report(m).fused) > 50"

@@ -51,6 +51,11 @@ def _code(function: Any) -> CodeType | None:
     return getattr(inspect.unwrap(function), "__code__", None) or getattr(function, "__code__", None)
 
 
+def in_torch(name: str) -> bool:
+    """Whether a module of this name is part of torch."""
+    return name == "torch" or name.startswith("torch.")
+
+
 def named(value: Any) -> bool:
     """Whether a forward may name this callable, which it finds in a module of torch or of Python."""
     return isinstance(value, type) or builtin_call(value) or (_code(value) in codes())

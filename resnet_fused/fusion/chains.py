@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import functools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
 from torch.fx.node import _get_qualified_name
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
@@ -19,7 +22,7 @@ from resnet_fused.fusion.match import conv_refusal, norm_refusal, watched_reason
 from resnet_fused.fusion.trace import Trace, Untraceable, runs_in_turn, trace
 from resnet_fused.modules import parts
 from resnet_fused.modules.spec import path
-from resnet_fused.modules.traced import Chain, Plan, conv_norm_act, sum_relu
+from resnet_fused.modules.traced import IN_PLACE, Chain, Plan, conv_norm_act, sum_relu
 
 CONV = "conv_bn_act"
 SUM = "add_relu"
@@ -168,7 +171,8 @@ class _Rewriter:
         self.chains: list[Chain] = []
         self.alone: set[str] = set(traced.expanded)
         self.given_format = _format_matters(module, self.graph)
-        self.tensors = {str(n.target).rpartition(".")[0] for n in self.graph.nodes if n.op == "get_attr"}
+        named = [n for n in self.graph.nodes if n.op == "get_attr"]
+        self.tensors = {_memory(functools.reduce(getattr, str(n.target).split("."), module)) for n in named}
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -179,6 +183,9 @@ class _Rewriter:
                 self.sum(node)
 
     def plan(self) -> Plan:
+        for node in self.graph.nodes:  # fx writes operators of Python as ``a += b``, which binds every other name of a
+            if node.op == "call_function" and node.target in IN_PLACE:
+                node.target = IN_PLACE[node.target]
         self.graph.lint()
         code = self.graph.python_code("self")
         used = set(compile(code.src, "<traced>", "exec").co_names)
@@ -204,7 +211,7 @@ class _Rewriter:
             reason = f"{conv_name} or {norm_name} is called with more than one tensor"
         if reason is None and any(n.target == norm.target for n in _between(node, norm)):
             reason = f"{norm_name} is used for something else between"
-        if reason is None and self.tensors & {conv_name, norm_name}:
+        if reason is None and self.tensors & _tensors(conv, norm_module):
             reason = f"its forward also uses tensors of {conv_name} or {norm_name} by themselves"
         act, last, residual, note = self._tail(node, norm)
         between = [n for n in _between(node, last) if n.op == "call_module" and n not in (norm, last)]
@@ -290,9 +297,8 @@ class _Rewriter:
 
     def _shares(self, node: fx.Node, *chain: nn.Module) -> str | None:
         """Why ``node`` must keep its place among the calls of these modules."""
-        tensors = {id(t) for m in chain for t in (*m.parameters(), *m.buffers())}
         other = self.module.get_submodule(str(node.target))
-        if any(id(t) in tensors for t in (*other.parameters(), *other.buffers())) or other in chain:
+        if _tensors(*chain) & _tensors(other) or any(other is m for m in chain):
             return f"{node.target}, called between, uses the same tensors"
         return None
 
@@ -328,6 +334,18 @@ class _Rewriter:
             return False
         module = self.module.get_submodule(str(node.target))
         return isinstance(module, _BatchNorm) or "Norm" in type(module).__name__
+
+
+def _tensors(*modules: nn.Module) -> set[int]:
+    """The memory of all that the modules compute with."""
+    return {_memory(t) for m in modules for t in (*m.parameters(), *m.buffers())}
+
+
+def _memory(value: Any) -> int:
+    """Tensors of one storage have one number, whether or not they are one object."""
+    if isinstance(value, Tensor) and value.layout is torch.strided and not isinstance(value, FakeTensor):
+        return value.untyped_storage().data_ptr() or id(value)
+    return id(value)
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
@@ -376,4 +394,6 @@ def _importable(value: Any) -> str:
         return str(value.__name__)
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
+    if getattr(builtins, getattr(value, "__name__", ""), None) is value:
+        return f"builtins.{value.__name__}"
     return _get_qualified_name(value)

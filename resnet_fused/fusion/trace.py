@@ -7,13 +7,12 @@ ran may contain only what is allowed here, and whatever else happens ends the at
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import dis
 import enum
+import functools
 import gc
 import inspect
-import math
 import operator
 import sys
 import threading
@@ -28,8 +27,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from resnet_fused.fusion import allowed
+from resnet_fused.fusion.allowed import in_torch
+from resnet_fused.fusion.bytecode import MODULES, compares_values, hazard
+from resnet_fused.modules import parts
 from resnet_fused.modules.base import original_class
-from resnet_fused.modules.traced import METHOD, TENSOR, Child, Read, Rebindable, lookup
+from resnet_fused.modules.traced import METHOD, TENSOR, Child, Read, Rebindable, lookup, unpack
 
 
 class Untraceable(Exception):
@@ -55,14 +57,6 @@ class Trace:
 
 _LOCK = threading.RLock()  # torch.fx patches nn.Module while it traces
 
-_MODULES = {"torch", "torch.nn", "torch.nn.functional", "torch.jit", "math", "operator"}
-_BLOCKED = {"checkpoint", "get_default_dtype", "get_autocast_dtype", "initial_seed", "hasattr", "getattr", "setattr"}
-_EFFECTS = {
-    "STORE_ATTR": "writes an attribute", "DELETE_ATTR": "deletes an attribute", "STORE_GLOBAL": "writes a global",
-    "IMPORT_NAME": "imports", "YIELD_VALUE": "is a generator", "SETUP_FINALLY": "has a try or with statement",
-    "SETUP_WITH": "has a with statement", "BEFORE_WITH": "has a with statement", "LOAD_SPECIAL": "has a with statement",
-    "PUSH_EXC_INFO": "has a try or with statement",
-}  # fmt: skip
 # Parts of torch that run a function in a context (decorators, mostly) of which the graph would know nothing.
 _CONTEXTS = {"torch.utils._contextlib", "torch.utils.checkpoint", "torch.amp.autocast_mode", "torch._dynamo.eval_frame"}
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.memory_format, enum.Enum)
@@ -117,7 +111,10 @@ def _trace(
         except Exception as error:  # whatever the forward raises on proxies is a reason not to trace it
             text = str(error).strip().split("\n")[0]
             raise Untraceable(f"its forward cannot be traced ({type(error).__name__}: {text})") from error
-    types = tuple(((Tensor if kind is Tensor else (list, tuple)) if n in tracer.asked else None) for n in names)
+    unsure = next((n for n in graph.nodes if _may_be_none(module, n)), None) if seen.compares else None
+    if unsure is not None:
+        raise Untraceable(f"its forward compares with None, which {unsure.target} may give")
+    types = tuple((kind if n in tracer.asked else None) for n in names)
     reads = [Read((), "_modules", tuple(module._modules)), *_places(module, graph)]
     reads += [read for read in seen.reads.values() if read not in reads]
     for name in sorted(expand):
@@ -139,18 +136,51 @@ def _places(module: nn.Module, graph: fx.Graph) -> list[Read]:
     return found
 
 
+def _may_be_none(module: nn.Module, node: fx.Node) -> bool:
+    """Whether the value may be None where the forward's own values are not: results of modules that we do not know."""
+    if node.op == "call_function" and node.target is operator.getitem:
+        return any(n.op == "call_module" or n.target is unpack for n in node.all_input_nodes)
+    return node.op == "call_module" and not _gives_value(module.get_submodule(str(node.target)))
+
+
+def _gives_value(module: nn.Module) -> bool:
+    """Whether the module gives something other than None for something other than None."""
+    if runs_in_turn(module):
+        return all(child is not None and _gives_value(child) for child in module._modules.values())
+    cls = original_class(module) or type(module)
+    return cls.__module__.startswith("torch.nn.modules.") and cls is not nn.Module and not parts.touched(module)
+
+
 class _Value(fx.Proxy):
     """A value in the graph, which answers ``isinstance`` of a forward for its arguments, and of nothing else."""
 
     @property
     def __class__(self) -> Any:
-        if _in_torch(sys._getframe(1).f_globals.get("__name__", "")):
+        if in_torch(sys._getframe(1).f_globals.get("__name__", "")):
             return fx.Proxy
         return self.tracer.type_of(self)  # type: ignore[attr-defined]
 
     @__class__.setter
     def __class__(self, value: Any) -> None:
         raise TypeError("the class of a traced value cannot be set")
+
+    def __hash__(self) -> int:
+        if not in_torch(sys._getframe(1).f_globals.get("__name__", "")):
+            raise Untraceable("its forward puts a value into a set or dict as a key, which asks which object it is")
+        return id(self)
+
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        return _Attribute(self, name)
+
+    def __iter__(self) -> Any:
+        """As many values as the names that they are bound to; what they are is asked at run time."""
+        frame = sys._getframe(1)
+        here = [i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti]
+        count = here[0].argval if here and here[0].opname == "UNPACK_SEQUENCE" else None
+        if count is None:
+            return self.tracer.iter(self)
+        values: Any = self.tracer.create_proxy("call_function", unpack, (self, count), {})
+        return iter([values[n] for n in range(count)])
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -183,6 +213,10 @@ for _name in (
     setattr(_Value, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
+class _Attribute(fx.proxy.Attribute, _Value):
+    """An attribute of a value, which may be another view of its memory; or a method, where it is called."""
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
@@ -193,7 +227,8 @@ class _Tracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """The arguments without defaults are traced; the others keep their defaults."""
-        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self.names)]
+        values = [self.create_proxy("placeholder", name, (), {}) for name in self.names]
+        return functools.partial(_once_each, root_fn), [self.root, *values]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
@@ -217,11 +252,33 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) not in (list, dict, _Value) and isinstance(a, (list, dict)) and not isinstance(a, fx.node.Node):
+        if (
+            type(a) not in (list, dict)
+            and not issubclass(type(a), fx.Proxy)
+            and isinstance(a, (list, dict))
+            and not isinstance(a, fx.node.Node)
+        ):
             raise Untraceable(f"its forward makes a {type(a).__name__}")
         if type(a) is Tensor:
             raise Untraceable("its forward uses a tensor that is neither parameter nor buffer")
         return super().create_arg(a)
+
+
+def _once_each(forward: Callable[..., Any], *args: Any) -> Any:
+    """What ``forward`` gives, unless the same list or dict is in it twice: a graph would make two of it."""
+    result = forward(*args)
+    seen: set[int] = set()
+
+    def visit(value: Any) -> None:
+        if type(value) in (list, dict, tuple):
+            if type(value) is not tuple and id(value) in seen:
+                raise Untraceable("its forward returns one list or dict in two places")
+            seen.add(id(value))
+            for inner in value.values() if type(value) is dict else value:
+                visit(inner)
+
+    visit(result)
+    return result
 
 
 class _NoTensors(TorchFunctionMode):
@@ -257,6 +314,7 @@ class _Seen:
         self.inner: set[CodeType] = set()
         self.known: set[CodeType] = set()
         self.globals: dict[tuple[int, str], Rebindable] = {}
+        self.compares = False  # whether it asks of a value of its own whether it is None
 
     def read(self, module: nn.Module, name: str, value: Any) -> None:
         """Note a read; raise where its value cannot be compared later."""
@@ -268,7 +326,7 @@ class _Seen:
         if isinstance(value, Tensor):
             self.reads[id(module), name] = Read(path, name, TENSOR)
         elif isinstance(value, MethodType) and name not in module.__dict__:
-            if _in_torch(value.__func__.__module__ or "") and value.__func__.__code__ not in allowed.codes():
+            if in_torch(value.__func__.__module__ or "") and value.__func__.__code__ not in allowed.codes():
                 raise Untraceable(f"its forward uses {name} of a module")
             self.reads[id(module), name] = Read(path, name, METHOD)
         elif isinstance(value, nn.Module):
@@ -296,8 +354,10 @@ class _Seen:
 
     def _follow(self, function: FunctionType) -> None:
         """Allow a function of the user's to be called; its code is checked when it runs."""
-        if _in_torch(function.__module__ or ""):
+        if in_torch(function.__module__ or ""):
             return
+        if any(not name.startswith("_torch") for name in vars(function)):
+            raise Untraceable(f"{function.__name__} keeps attributes of its own")
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         if not all(_plain(d) or callable(d) for d in defaults):
             raise Untraceable(f"{function.__name__} keeps a value between its calls, as a default")
@@ -335,14 +395,30 @@ class _Seen:
                 owner = None
                 continue
             value = lookup(space, argument)
+            if owner is not globals_ and not isinstance(value, _CONSTANT) and not _plain(value):
+                raise Untraceable(f"{code.co_name} uses {argument} of {getattr(owner, '__name__', owner)}")
+            if isinstance(value, type):
+                self._class_used(value)
             self.globals[id(space), argument] = Rebindable(space, argument, value)
-            if isinstance(value, ModuleType) and value.__name__ not in _MODULES:
+            if isinstance(value, ModuleType) and value.__name__ not in MODULES:
                 raise Untraceable(f"{code.co_name} uses {value.__name__}")
             if isinstance(owner, ModuleType) and callable(value) and not allowed.named(value):
                 raise Untraceable(f"{code.co_name} uses {argument}")
             if isinstance(value, FunctionType):
                 self._follow(value)
             owner = value
+
+    def _class_used(self, cls: type) -> None:
+        """A forward may reach whatever a class of the user's holds: nothing there may change unseen."""
+        for base in cls.__mro__:
+            if base.__module__.split(".")[0] in (*sys.stdlib_module_names, "torch"):
+                continue
+            for name, value in vars(base).items():
+                if name.startswith("__") or isinstance(value, _CONSTANT):
+                    continue
+                if not _plain(value) and not name.startswith("_abc_"):
+                    raise Untraceable(f"{name} of {cls.__name__} is a {type(value).__name__}")
+                self.globals[id(base), name] = Rebindable(base, name, value)
 
     def call(self, frame: Any) -> None:
         """Raise when a function about to run is not allowed to."""
@@ -353,12 +429,18 @@ class _Seen:
             return
         if code not in self.known and code not in self.inner:
             raise Untraceable(f"{code.co_name} is called in a way that cannot be followed")
-        problem = _hazard(code, globals_, code in self.inner)
+        problem = hazard(code, globals_, code in self.inner)
         if problem is not None:
             raise Untraceable(f"{code.co_name} {problem}")
         self.names(code, globals_)
+        root = frame.f_back is not None and frame.f_back.f_code is _once_each.__code__
+        self.compares |= compares_values(code, root)
         self.allowed.add(code)
         self.inner.update(c for c in code.co_consts if isinstance(c, CodeType))
+
+
+# What a class or module holds under a name and nothing can be kept in.
+_CONSTANT = (FunctionType, BuiltinFunctionType, ModuleType, type, staticmethod, classmethod, property)
 
 
 def _plain(value: Any) -> bool:
@@ -418,64 +500,13 @@ def _watching(module: nn.Module) -> Iterator[_Seen]:
         del nn.Module.__getattribute__
 
 
-def _in_torch(name: str) -> bool:
-    return name == "torch" or name.startswith("torch.")
-
-
 def _quiet(frame: Any) -> bool:
     """Whether the frame belongs to torch, Python's library or this package, which a forward may run."""
     name = frame.f_globals.get("__name__", "")
     ours = name.split(".")[0] == __name__.split(".")[0]
-    return _in_torch(name) or ours or name.startswith("namedtuple_") or _in_library(frame)
+    return in_torch(name) or ours or name.startswith("namedtuple_") or _in_library(frame)
 
 
 def _in_library(frame: Any) -> bool:
     name = frame.f_globals.get("__name__", "") if frame is not None else ""
     return name.split(".")[0] in sys.stdlib_module_names
-
-
-def _hazard(code: CodeType, globals_: dict[str, Any], inner: bool) -> str | None:
-    """What in a function that ran could make it do otherwise another time."""
-    if not inner and set(code.co_freevars) - {"__class__"}:
-        return "is a closure"
-    previous = ""
-    for instruction in dis.get_instructions(code):
-        name, argument, before = instruction.opname, instruction.argval, previous
-        previous = name
-        if name == "IS_OP" and before != "LOAD_CONST":
-            return "asks whether two values are the same object"
-        if name in _EFFECTS and not (name == "YIELD_VALUE" and inner):
-            return _EFFECTS[name]
-        if name in ("LOAD_GLOBAL", "LOAD_NAME"):
-            missing = object()
-            found = globals_.get(argument, missing)
-            builtin = found is missing
-            known = getattr(builtins, argument, None)
-            error = isinstance(known, type) and issubclass(known, Exception)
-            if builtin and argument not in allowed.BUILTINS and not error:
-                return f"uses {argument}"
-            if not builtin and not _allowed(found):
-                return f"uses {argument}"
-        elif name in ("LOAD_ATTR", "LOAD_METHOD") and (
-            argument in _BLOCKED or (argument.startswith("is_") and argument != "is_scripting")
-        ):
-            return f"uses {argument}"
-    return None
-
-
-def _allowed(value: Any) -> bool:
-    """Whether a global of this value is the same in every call."""
-    if isinstance(value, ModuleType):
-        return value.__name__ in _MODULES
-    if isinstance(value, FunctionType):
-        return value.__name__ not in _BLOCKED and not hasattr(value, "__wrapped__")
-    if isinstance(value, BuiltinFunctionType):
-        return value.__module__ in ("math", "_operator") or _in_torch(value.__module__ or "") or _torch_function(value)
-    if isinstance(value, type):
-        return issubclass(value, (Tensor, nn.Module)) or value.__module__ in ("builtins", "typing", "collections")
-    return value is math.inf or getattr(value, "__module__", "") == "typing" or value is builtins
-
-
-def _torch_function(value: Any) -> bool:
-    name = getattr(value, "__name__", "")
-    return getattr(torch, name, None) is value and name not in _BLOCKED and not name.startswith("is_")

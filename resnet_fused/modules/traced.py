@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +22,13 @@ from resnet_fused.modules.spec import BlockSpec, FusedState, Path, find
 from resnet_fused.ops.add_relu import api as add_relu
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 
-METHOD = "<method>"  # stands in a Read for a method of the class: nothing on the instance may hide it
 TENSOR = Tensor  # stands in a Read for any tensor
 _MISSING = object()
+_NEVER = object()  # nothing stands for it
+
+
+class METHOD:  # a class, which pickles keep as the one object that it is
+    """Stands in a Read for a method of the class: nothing on the instance may hide it."""
 
 
 class Child(NamedTuple):
@@ -57,6 +64,55 @@ def lookup(space: Any, name: str) -> Any:
     return _MISSING
 
 
+class Described(NamedTuple):
+    """A :class:`Rebindable` as a pickle keeps it: by names, and what its value says when it is read as code."""
+
+    module: str
+    cls: str | None
+    name: str
+    value: Any
+
+    @classmethod
+    def of(cls, bound: Rebindable) -> Described:
+        space, name, value = bound
+        if isinstance(space, dict):
+            return cls(str(space.get("__name__")), None, name, _description(value))
+        return cls(space.__module__, space.__qualname__, name, _description(value))
+
+    def found(self) -> Rebindable:
+        """What the names stand for in this process; where that is another, a value that nothing ever is."""
+        space: Any = sys.modules.get(self.module)
+        try:
+            space = vars(space) if self.cls is None else operator.attrgetter(self.cls)(space)
+        except (AttributeError, TypeError):  # the module has not been imported, or has no such class
+            return Rebindable({}, self.name, None)
+        value = lookup(space, self.name)
+        return Rebindable(space, self.name, value if _description(value) == self.value else _NEVER)
+
+
+def _function(value: Any) -> FunctionType | None:
+    """The function of a user's that this is, or that a property or method of a class holds."""
+    value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+    return value if isinstance(value, FunctionType) and (value.__module__ or "").split(".")[0] != "torch" else None
+
+
+def _description(value: Any) -> Any:
+    """What tells a value from another in a pickle; functions by their code, whatever their name."""
+    own = _function(value)
+    if own is not None:
+        return "code", repr(sys.version_info[:2]), _content(own.__code__), repr(own.__defaults__)
+    if isinstance(value, (type, BuiltinFunctionType, FunctionType)):
+        return type(value).__name__, value.__module__, value.__qualname__
+    if isinstance(value, ModuleType):
+        return "module", value.__name__
+    return ("missing",) if value is _MISSING else ("value", type(value).__qualname__, repr(value))
+
+
+def _content(code: CodeType) -> tuple[Any, ...]:
+    constants = (_content(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts)
+    return code.co_code, code.co_names, code.co_varnames, *constants
+
+
 class Chain(NamedTuple):
     """Operations computed as one: kind, and the paths of the modules that take part, None where there is none."""
 
@@ -75,7 +131,8 @@ class Plan:
     names are the arguments that it takes, types what each has to be (None: anything but None); reads have to hold;
     alone are submodules that nobody may watch, since their own forward is part of it or the order of their calls is
     another; symbols are the functions that the text uses, by the names that it has for them. globals have to stand for
-    what they stood for. It holds no module and no tensor: copies share it. Pickles leave globals out.
+    what they stood for; a pickle describes them, and what is there when it is read has to agree. It holds no module and
+    no tensor: copies share it.
     """
 
     source: str
@@ -86,9 +143,14 @@ class Plan:
     alone: tuple[Path, ...]
     chains: tuple[Chain, ...]
     globals: tuple[Rebindable, ...] = field(default=(), repr=False)
+    codes: tuple[tuple[FunctionType, CodeType, Any], ...] = field(init=False, repr=False)
     function: Callable[..., Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        found = tuple(g.found() if isinstance(g, Described) else g for g in self.globals)
+        object.__setattr__(self, "globals", found)
+        functions = map(_function, (*(g.value for g in found), *(read.value for read in self.reads)))
+        object.__setattr__(self, "codes", tuple((f, f.__code__, f.__defaults__) for f in functions if f is not None))
         scope: dict[str, Any] = {name: pkgutil.resolve_name(target) for name, target in self.symbols}
         exec(compile(self.source, "<resnet_fused: traced forward>", "exec"), scope)
         object.__setattr__(self, "function", scope["forward"])
@@ -99,6 +161,7 @@ class Plan:
     def __reduce__(self) -> Any:
         return Plan, (
             self.source, self.symbols, self.names, self.types, self.reads, self.alone, self.chains,
+            tuple(map(Described.of, self.globals)),
         )  # fmt: skip
 
     def refusal(self, module: nn.Module) -> str | None:
@@ -129,6 +192,9 @@ class Plan:
             for space, name, value in self.globals:
                 if lookup(space, name) is not value:
                     return f"{name} is not what it was when its forward was traced"
+            for function, code, defaults in self.codes:  # reloaders put another code into the same function
+                if function.__code__ is not code or function.__defaults__ is not defaults:
+                    return f"{function.__name__} is not what it was when its forward was traced"
         return None
 
 
@@ -174,9 +240,91 @@ def _arguments(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
             return None
         args = (*args, kwargs[name])
     for value, wanted in zip(args, plan.types, strict=True):
-        if value is None or isinstance(value, fx.Proxy) or (wanted is not None and not isinstance(value, wanted)):
+        if value is None or isinstance(value, fx.Proxy):
+            return None
+        if wanted is not None and (not isinstance(value, wanted) or isinstance(value, nn.Parameter)):
             return None
     return args
+
+
+def unpack(value: Any, count: int) -> tuple[Any, ...]:
+    """The values that ``count`` names are bound to."""
+    found = tuple(itertools.islice(iter(value), count + 1))
+    if len(found) != count:
+        many = f"too many values to unpack (expected {count})"
+        few = f"not enough values to unpack (expected {count}, got {len(found)})"
+        raise ValueError(many if len(found) > count else few)
+    return found
+
+
+def iadd_(a: Any, b: Any) -> Any:
+    return operator.iadd(a, b)
+
+
+def isub_(a: Any, b: Any) -> Any:
+    return operator.isub(a, b)
+
+
+def imul_(a: Any, b: Any) -> Any:
+    return operator.imul(a, b)
+
+
+def itruediv_(a: Any, b: Any) -> Any:
+    return operator.itruediv(a, b)
+
+
+def ifloordiv_(a: Any, b: Any) -> Any:
+    return operator.ifloordiv(a, b)
+
+
+def imod_(a: Any, b: Any) -> Any:
+    return operator.imod(a, b)
+
+
+def ipow_(a: Any, b: Any) -> Any:
+    return operator.ipow(a, b)
+
+
+def imatmul_(a: Any, b: Any) -> Any:
+    return operator.imatmul(a, b)
+
+
+def iand_(a: Any, b: Any) -> Any:
+    return operator.iand(a, b)
+
+
+def ior_(a: Any, b: Any) -> Any:
+    return operator.ior(a, b)
+
+
+def ixor_(a: Any, b: Any) -> Any:
+    return operator.ixor(a, b)
+
+
+def ilshift_(a: Any, b: Any) -> Any:
+    return operator.ilshift(a, b)
+
+
+def irshift_(a: Any, b: Any) -> Any:
+    return operator.irshift(a, b)
+
+
+# fx writes Python's own as statements.
+IN_PLACE: dict[Any, Callable[[Any, Any], Any]] = {
+    operator.iadd: iadd_,
+    operator.isub: isub_,
+    operator.imul: imul_,
+    operator.itruediv: itruediv_,
+    operator.ifloordiv: ifloordiv_,
+    operator.imod: imod_,
+    operator.ipow: ipow_,
+    operator.imatmul: imatmul_,
+    operator.iand: iand_,
+    operator.ior: ior_,
+    operator.ixor: ixor_,
+    operator.ilshift: ilshift_,
+    operator.irshift: irshift_,
+}
 
 
 def _tracing() -> bool:
@@ -204,11 +352,15 @@ def conv_norm_act(
         pair = parts.read(conv, norm)  # type: ignore[arg-type]
         if pair is not None and x.dim() == 4:
             shape = (x.shape[0], pair.weight.shape[0], *pair.output_size(*x.shape[2:]))
-            if residual is None or (residual.shape == shape and _one_dtype(residual, x, inplace)):
+            if residual is None or (
+                isinstance(residual, Tensor) and residual.shape == shape and _one_dtype(residual, x, inplace)
+            ):
                 x = parts.feature_map(x, [pair], state.channels_last and not given_format)
                 return conv_bn_act.call_op(x, pair, residual, name, state.backend)
         # A sum that is not in place promotes, so dtypes must be one from the start.
-        alike = residual is None or (residual.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type))
+        alike = residual is None or (
+            isinstance(residual, Tensor) and residual.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+        )
         if pair is None and alike:
             return parts.batch_statistics_step(x, conv, norm, name, residual, state.backend)
     y: Tensor = norm(conv(x))
