@@ -206,8 +206,8 @@ def test_views(case: ConvCase, view: str) -> None:
     for config in kinds(other):
         check(other, config)
     if view == "misaligned":
-        assert all(config.kernel == "pointer" for config in triton.configs(other))
-    if view == "slice" and case.groups == 1:
+        assert all(config.kernel != "descriptor" for config in triton.configs(other))
+    if view == "slice" and case.groups == 1 and call.x.shape[1] >= 16:  # fewer channels have no descriptors at all
         only_x = call._replace(x=other.x)  # its strides still suit descriptors
         assert "descriptor" in {config.kernel for config in kinds(only_x)} or DEVICE == "cuda"
         for config in kinds(only_x):
