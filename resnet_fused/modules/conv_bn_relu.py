@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.modules import depth_first, guards, live, parts
+from resnet_fused.modules import depth_first, guards, live, network_plan, parts
 from resnet_fused.modules.base import FusedModule
 from resnet_fused.modules.spec import BlockSpec, FusedState, find
 from resnet_fused.ops.convbn import ACTS
@@ -109,6 +109,10 @@ class FusedStem(FusedModule):
         for conv, norm in pairs:
             x = parts.step(x, conv, norm, "relu", None, self._rf_state.backend)
         return x
+
+    def _rf_planned(self, x: Any, names: Sequence[str]) -> Tensor | None:
+        """The stem and then the modules of these names, flattened to ``[N, features]``, by one plan; None without one."""
+        return network_plan.run(self, x, names, ("_rf_run_stem", "_rf_run_features"))
 
     def _rf_run_features(self, x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
         """The stem and then ``layers``, flattened to ``[N, features]``; large batches on the CPU depth first."""
