@@ -319,7 +319,7 @@ def test_transfer_replaces_the_head_and_freezes(folder, tmp_path, capsys):
     assert "but fc, which is new" in capsys.readouterr().out
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert weights.keys() == source.state_dict().keys()
-    assert weights["fc.weight"].shape == (3, 8)
+    assert weights["fc.weight"].shape == (3, 16)
     for name, value in source.state_dict().items():
         frozen = name.startswith(("conv1", "bn1", "layer1"))  # their running statistics too
         assert name.startswith("fc") or torch.equal(weights[name], value) == frozen, name
