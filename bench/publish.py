@@ -24,7 +24,7 @@ PLACE = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", r
 
 @dataclass(frozen=True)
 class Case:
-    """One model, dtype and batch size: milliseconds per batch of eager in both formats, of the best peer and of ours."""
+    """One model, dtype and batch size, in milliseconds per batch."""
 
     model: str
     dtype: str
@@ -57,7 +57,10 @@ def cases(rows: Sequence[Row]) -> list[Case]:
 def short_table(found: Sequence[Case]) -> str:
     """A line per model and dtype; in each cell eager, the best peer and ours."""
     batches = sorted({case.batch for case in found})
-    lines = [f"| ms per batch | {' | '.join(f'batch {batch}' for batch in batches)} |", "|---" * (len(batches) + 1) + "|"]
+    lines = [
+        f"| ms per batch | {' | '.join(f'batch {batch}' for batch in batches)} |",
+        "|---" * (len(batches) + 1) + "|",
+    ]
     for model, dtype in dict.fromkeys((case.model, case.dtype) for case in found):
         mine = {case.batch: case for case in found if (case.model, case.dtype) == (model, dtype)}
         cells = [
@@ -71,7 +74,7 @@ def short_table(found: Sequence[Case]) -> str:
 def full_table(found: Sequence[Case]) -> str:
     """A line per case with both of eager's formats and the name of the best peer."""
     lines = [
-        "| model | dtype | batch | eager NCHW | eager channels_last | best peer | fused | × NCHW | × best eager | × peer |",
+        "| model | dtype | batch | NCHW | channels_last | best peer | fused | × NCHW | × best eager | × peer |",
         "|---|---|---:|---:|---:|---|---:|---:|---:|---:|",
     ]
     for c in found:
@@ -106,12 +109,14 @@ TEXTS: dict[str, Callable[[Sequence[Case]], str]] = {
 class Colours:
     suffix: str
     ink: str
-    faint: str
     peer: str
     fused: str
 
 
-CHARTS = (Colours("", "#1f2328", "#d0d4da", "#8a8f98", "#0072b2"), Colours("-dark", "#e6e8ea", "#4a5057", "#9aa1ab", "#4aa8ff"))
+CHARTS = (
+    Colours("", "#1f2328", "#8a8f98", "#0072b2"),
+    Colours("-dark", "#e6e8ea", "#9aa1ab", "#4aa8ff"),
+)
 WIDTH, LEFT, RIGHT, LINE, TOP = 400, 118, 40, 34, 62
 
 
@@ -150,7 +155,9 @@ def chart(found: Sequence[Case], colours: Colours) -> str:
                 f'fill="{colours.ink}">{ratio:.2f}×</text>'
             )
     x, end = LEFT + scale, TOP + LINE * len(bars)
-    parts.append(f'<line x1="{x:.1f}" y1="{TOP - 4}" x2="{x:.1f}" y2="{end}" stroke="{colours.ink}" stroke-dasharray="3 3"/>')
+    parts.append(
+        f'<line x1="{x:.1f}" y1="{TOP - 4}" x2="{x:.1f}" y2="{end}" stroke="{colours.ink}" stroke-dasharray="3 3"/>'
+    )
     return "\n".join([*parts, "</svg>", ""])
 
 

@@ -1,22 +1,22 @@
-"""What people read: its code runs, its commands exist, its figures are the CSV's, and no message lacks an explanation."""
+"""What people read: the code runs, commands and files exist, figures are the CSV's, every message is explained."""
 
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optional
 import pytest
-import torch
 
 import resnet_fused as rf
 from resnet_fused import cli
@@ -166,6 +166,7 @@ def test_the_site_builds_strictly_and_needs_no_network(tmp_path: Path) -> None:
 INTERNAL = {  # raised and caught within the package; what they say ends up in a report, a row or another error
     "Untraceable", "_Unreadable", "Absent", "KeyError", "AttributeError", "argparse.ArgumentTypeError",
 }  # fmt: skip
+WARNERS = {"warnings.warn", "logger.warning", "warn_once", "table.warn_once", "complain"}
 SELF_EXPLAINING = re.compile(r"\bgot\b.*\bneed\b|\bneed\b.*\bgot\b", re.DOTALL)
 
 
@@ -173,19 +174,19 @@ def pieces(node: ast.expr) -> list[str]:
     """The constant pieces of a message, of at least two words."""
     parts = node.values if isinstance(node, ast.JoinedStr) else [node]
     found = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
-    return [" ".join(part.split()) for part in found]
+    return [" ".join(piece.split()) for part in found for piece in part.split("%s")]
 
 
 def messages() -> Iterator[tuple[str, str, ast.expr]]:
     """Where, as what and with which expression something is raised or warned of, in the whole package."""
-    for path in sorted((ROOT / "resnet_fused").rglob("*.py")):
+    for path in (*sorted((ROOT / "resnet_fused").rglob("*.py")), ROOT / "build_ext.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
                 texts = [a for a in node.exc.args if isinstance(a, ast.JoinedStr | ast.Constant)]
                 for text in texts:
                     yield where, ast.unparse(node.exc.func), text
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "logger.warning"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in WARNERS:
                 yield where, "warning", node.args[0]
 
 
@@ -195,7 +196,7 @@ def test_every_message_has_its_remedy() -> None:
     for where, kind, text in messages():
         said = pieces(text)
         whole = " … ".join(said)
-        if kind in INTERNAL or SELF_EXPLAINING.search(whole) or not said:
+        if kind in INTERNAL or isinstance(text, ast.Name) or SELF_EXPLAINING.search(whole) or not said:
             continue
         longest = max(said, key=len).strip(" ,;:.'\"(")
         if len(longest.split()) > 1 and longest not in page:
@@ -213,23 +214,39 @@ def test_every_error_and_warning_class_is_explained() -> None:
                 assert f"`{node.name}`" in page, f"{path}: {node.name}"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
-def test_examples_run_offline(script: Path, tmp_path: Path) -> None:
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+RUNS = [(path, ()) for path in EXAMPLES] + [(ROOT / "examples/fine_tune.py", ("--frozen",))]
+
+
+@pytest.mark.parametrize(
+    "script, options", RUNS, ids=lambda value: "".join(value) if isinstance(value, tuple) else value.stem
+)
+def test_examples_run_offline(script: Path, options: tuple[str, ...], tmp_path: Path) -> None:
     optional.torchvision()
     assert len(script.read_text().splitlines()) <= 60
-    program = f"import runpy, sys; sys.argv = [{str(script)!r}]; runpy.run_path({str(script)!r}, run_name='__main__')"
+    argv = [str(script), *options]
+    program = f"import runpy, sys; sys.argv = {argv}; runpy.run_path({str(script)!r}, run_name='__main__')"
     compat = "from resnet_fused.testing.torchvision_compat import import_torchvision; import_torchvision()"
     done = subprocess.run(
         [sys.executable, "-c", f"{compat}; {program}"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
-        env={**__import__("os").environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout
 
 
-def test_doctests() -> None:
-    import doctest
+def test_examples_take_images(tmp_path: Path) -> None:
+    """The way to a user's own data, as far as it needs no download."""
+    image = importlib.import_module("PIL.Image")
+    for name in ("cats/1.png", "cats/2.png", "dogs/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        image.new("RGB", (80, 60), "red").save(tmp_path / name)
+    test_examples_run_offline(ROOT / "examples/classify.py", (str(tmp_path / "cats/1.png"),), tmp_path)
+    test_examples_run_offline(ROOT / "examples/serve_batch.py", (str(tmp_path / "cats/1.png"),), tmp_path)
+    test_examples_run_offline(ROOT / "examples/fine_tune.py", (str(tmp_path), "--steps", "1"), tmp_path)
 
+
+def test_doctests() -> None:
     for path in (ROOT / "resnet_fused").rglob("*.py"):
         if ">>> " in path.read_text():
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
