@@ -74,14 +74,14 @@ def short_table(found: Sequence[Case]) -> str:
 def full_table(found: Sequence[Case]) -> str:
     """A line per case with both of eager's formats and the name of the best peer."""
     lines = [
-        "| model | dtype | batch | NCHW | channels_last | best peer | fused | × NCHW | × best eager | × peer |",
-        "|---|---|---:|---:|---:|---|---:|---:|---:|---:|",
+        "| model | batch | NCHW | channels_last | best peer | fused | × NCHW | × best eager | × peer |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for c in found:
         ratios = " | ".join(f"{time / c.fused:.2f}" for time in (c.nchw, min(c.nchw, c.channels_last), c.best))
         lines.append(
-            f"| {NAMES[c.model]} | {c.dtype} | {c.batch} | {c.nchw:.1f} | {c.channels_last:.1f} | "
-            f"{c.best:.1f} ({NAMES[c.peer]}) | **{c.fused:.1f}** | {ratios} |"
+            f"| {NAMES[c.model]}, {c.dtype} | {c.batch} | {c.nchw:.1f} | {c.channels_last:.1f} | "
+            f"{NAMES[c.peer]} {c.best:.1f} | **{c.fused:.1f}** | {ratios} |"
         )
     return "\n".join(lines)
 
