@@ -237,6 +237,7 @@ def test_examples_run_offline(script: Path, options: tuple[str, ...], tmp_path: 
 
 def test_examples_take_images(tmp_path: Path) -> None:
     """The way to a user's own data, as far as it needs no download."""
+    optional.needs("PIL")
     image = importlib.import_module("PIL.Image")
     for name in ("cats/1.png", "cats/2.png", "dogs/1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
