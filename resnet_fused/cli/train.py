@@ -265,7 +265,7 @@ def workers(args: argparse.Namespace) -> int:
 
 
 def identity(args: argparse.Namespace, size: int) -> dict[str, Any]:
-    """What else decides the weights that come out."""
+    """What else determines the resulting weights."""
     return {
         "model": args.model,
         "size": size,
@@ -309,7 +309,7 @@ def describe(network: nn.Module, args: argparse.Namespace) -> str:
 
 
 def tell(args: argparse.Namespace, trainer: Trainer, final: Final, out: Console, seconds: float) -> None:
-    """Print what came out."""
+    """Print the result."""
     weights = args.out / WEIGHTS
     if args.json:
         print_json(

@@ -1,4 +1,4 @@
-"""What was fused, by which backend; what was left alone, and why."""
+"""Reports: fused parts with their backends, and parts left alone with the reason."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class FusionEntry:
 
     name is its path in the model ("layer1.0"; a stem's ends in "stem"; a chain of the generic path has its
     convolution's); kind is "basic_block", "bottleneck", "stem", "conv_bn_act", "add_relu" or "block"; status is "fused"
-    or "skipped"; reason says why it was skipped, or which part of what is fused stays eager; backend is who computes
-    it, empty when skipped.
+    or "skipped"; reason says why it was skipped, or which part of a fused block stays eager; backend computes
+    it, and is empty when skipped.
     """
 
     name: str

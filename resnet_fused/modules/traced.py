@@ -129,7 +129,7 @@ class Plan:
     """A traced forward as source text, and when it stands for the module's own.
 
     names are the arguments that it takes, types what each has to be (None: anything but None); reads have to hold;
-    alone are submodules that nobody may watch, since their own forward is part of it or the order of their calls is
+    alone are submodules that must not be observed, since their own forward is part of it or the order of their calls is
     another; symbols are the functions that the text uses, by the names that it has for them. globals have to stand for
     what they stood for; a pickle describes them, and what is there when it is read has to agree. It holds no module and
     no tensor: copies share it.

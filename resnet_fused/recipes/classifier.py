@@ -1,4 +1,4 @@
-"""A classifier with all that belongs to it: its weights, the transform of its images, the names of its classes."""
+"""A classifier with its weights, the transform of its images, and the names of its classes."""
 
 from __future__ import annotations
 
