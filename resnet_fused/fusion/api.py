@@ -216,12 +216,12 @@ def _check_strict(model: nn.Module, filter_fn: Filter | None) -> None:
     blocks = [m for m in _matches(model) if m[2].kind != "stem"]
     if not blocks:
         raise FusionError(
-            f"model: {type(model).__name__} has no residual block of a known class, and strict=True was asked; "
-            "name your own block class with resnet_fused.register_adapter, or use strict=False"
+            f"model: {type(model).__name__} has no residual block of a known class, but strict=True needs one; "
+            "register your own block class with resnet_fused.register_adapter, or use strict=False"
         )
     for name, module, found in blocks:
         if found.reason is not None and (filter_fn is None or filter_fn(name, module)):
             raise FusionError(
-                f"model: {name or type(module).__name__} cannot be fused, and strict=True was asked: {found.reason}; "
+                f"model: {name or type(module).__name__} cannot be fused, but strict=True needs it: {found.reason}; "
                 "leave it out with filter_fn, or use strict=False"
             )

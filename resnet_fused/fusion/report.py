@@ -66,7 +66,7 @@ class FusionReport:
 
     def __str__(self) -> str:
         if not self.entries:
-            return "no residual block of a known class (resnet_fused.register_adapter takes your own)"
+            return "no residual block of a known class (register your own with resnet_fused.register_adapter)"
         rows = [("name", "kind", "status", "backend", "reason")]
         rows += [(e.name or "(model)", e.kind, e.status, e.backend, e.reason) for e in self.entries]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]

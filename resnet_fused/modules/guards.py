@@ -177,24 +177,24 @@ def watched() -> str | None:
         return reason
     for hooks in _WATCHERS:
         if hooks:
-            return "there are hooks for all modules"
+            return "hooks are registered for all modules"
     if torch.compiler.is_compiling():
         exporting = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
         return "it is written as ONNX, which has no op of ours" if exporting else None
     if _tracing() is not None:
-        return "torch.jit.trace writes it down"  # in aten's ops, so that the file needs nothing of ours
+        return "torch.jit.trace is recording it"  # in aten's ops, so that the file needs nothing of ours
     if _dispatch_modes():
         for i in range(_dispatch_modes()):
             mode = type(torch._C._get_dispatch_stack_at(i))
             if not _is_machinery(mode):
-                return f"the mode {mode.__name__} looks on"
+                return f"the mode {mode.__name__} is active"
     if _function_modes():
         for i in range(_function_modes()):
             mode = type(torch._C._get_function_stack_at(i))
             if not _is_machinery(mode):
-                return f"the mode {mode.__name__} looks on"
+                return f"the mode {mode.__name__} is active"
     if forward_ad._current_level >= 0 or _transform() is not None:
-        return "a function transform is at work"
+        return "a function transform is active"
     return None
 
 

@@ -90,9 +90,9 @@ def read(module: nn.Module, spec: BlockSpec, matched: Matched | None) -> Parts |
         branch = None
     found = shortcut(branch)
     if isinstance(found, Called) and not found.pure and (not spec.adds or extras is not None):
-        return f"{dotted(spec.shortcut)} may do more than give a new tensor, so when it is called matters"
+        return f"{dotted(spec.shortcut)} may do more than return a new tensor, so the moment of its call matters"
     if isinstance(found, Projection) and not all(map(guards.pure, found.before)):
-        return f"{dotted(spec.shortcut)} begins with what may do more than give a new tensor"
+        return f"{dotted(spec.shortcut)} begins with a module that may do more than return a new tensor"
     return Parts(pairs, found, extras)
 
 

@@ -183,7 +183,7 @@ class Plan:
                 now = getattr(owner, name, None)
                 holds = type(now) is type(value) and now == value
             if not holds:
-                return f"{'.'.join((*path, name))} is not what it was when its forward was traced"
+                return f"{'.'.join((*path, name))} has changed since its forward was traced"
         for path in self.alone:
             part = find(module, path)
             if part is None or parts.touched(part):
@@ -191,10 +191,10 @@ class Plan:
         if not torch.compiler.is_compiling():  # a compiler would look into each of the namespaces
             for space, name, value in self.globals:
                 if lookup(space, name) is not value:
-                    return f"{name} is not what it was when its forward was traced"
+                    return f"{name} has changed since its forward was traced"
             for function, code, defaults in self.codes:  # reloaders put another code into the same function
                 if function.__code__ is not code or function.__defaults__ is not defaults:
-                    return f"{function.__name__} is not what it was when its forward was traced"
+                    return f"{function.__name__} has changed since its forward was traced"
         return None
 
 

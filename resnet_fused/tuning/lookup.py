@@ -153,7 +153,7 @@ def _table(device: torch.device) -> dict[str, Entry]:
             try:
                 entries |= table.load(environment.path_for(facts), facts)
             except OSError as error:
-                table.warn_once(f"no tuning table of the user's own is read: {error}")
+                table.warn_once(f"the user's tuning table is not read: {error}")
         tables[at] = entries
     return tables[at]
 
