@@ -82,7 +82,7 @@ class _Network:
 def _attempt(root: FusedModule, x: Tensor, names: Sequence[str]) -> _Network | None:
     """A new network; None where none may be made, which is not tried again at each of the next calls."""
     prepared = root._rf_state.prepared
-    if prepared.wait > 0:
+    if prepared.wait > 0 and not torch.are_deterministic_algorithms_enabled():
         prepared.wait -= 1
         return None
     network = _read(root, x, names)

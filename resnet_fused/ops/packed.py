@@ -20,7 +20,7 @@ _at_once = 0
 
 
 def new_kind() -> Hashable:
-    """What tells the values of one maker from those of another in the cache."""
+    """A tag that separates the values of one maker from those of another in the cache."""
     return object()
 
 
@@ -36,7 +36,7 @@ def clear() -> None:
 
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
-    """Pack weights when they are first seen, instead of waiting whether they stay."""
+    """Pack weights at their first call, instead of waiting until they are seen again."""
     global _at_once
     _at_once += 1
     try:
@@ -47,8 +47,11 @@ def at_once() -> Iterator[None]:
 
 def settled(tensors: Tensors, asker: Hashable = None) -> bool:
     """Whether to pack what ``backend="auto"`` computes with: once these weights were seen to stay from one call to the
-    next. Packing weights that are new at each call would cost more than it saves."""
-    return _at_once > 0 or CACHE.settled(tensors, asker)
+    next. Packing weights that are new at each call would cost more than it saves.
+
+    Deterministic algorithms pack at once: an answer must not depend on the calls before it.
+    """
+    return _at_once > 0 or torch.are_deterministic_algorithms_enabled() or CACHE.settled(tensors, asker)
 
 
 def fold(conv: ConvBN) -> tuple[Tensor, Tensor]:
