@@ -202,6 +202,12 @@ def _plan(name: str, call: BlockCall, backend: str) -> _Plan:
 
 def _whole(name: str, call: BlockCall, backend: str) -> Callable[[BlockCall], Tensor] | None:
     """Who computes calls like this one as one, where a backend does; None for the chain."""
+    server = whole(name, call, backend)
+    return None if server is None else backends.bind(server, call)
+
+
+def whole(name: str, call: BlockCall, backend: str) -> backends.Server | None:
+    """Who computes this call as one, where a backend does; None for the chain."""
     if call.x.numel() == 0:
         return None
     candidates: tuple[str, ...] = (backends.check_name(backend),)
@@ -211,21 +217,17 @@ def _whole(name: str, call: BlockCall, backend: str) -> Callable[[BlockCall], Te
         if by == lookup.CHAIN:
             return None
         if by == backends.Backend.REFERENCE and layout in (None, *lookup.LAYOUTS):
-            return lambda now: _eager_whole(now, layout)
+            return lookup.Configured(_eager_whole, layout)
         server = None if found is None else backends.tuned(name, call, found)
         if server is not None:
-            return _bind(server, call)
+            return server
         candidates = ("cpu", "onednn") if call.x.device.type == "cpu" else ()
     for candidate in candidates:
         if backends.refusal(name, candidate, call) is None:
-            return _bind(backends.choose(name, call, candidate, ()), call)
+            return backends.choose(name, call, candidate, ())
         if backends.implementation("conv_bn_act", candidate) is None:
             backends.choose(name, call, candidate, ())  # nor can it be a chain: raises, saying why
     return None
-
-
-def _bind(server: Any, call: BlockCall) -> Callable[[BlockCall], Tensor]:
-    return server.bind(call) if hasattr(server, "bind") else server.run  # type: ignore[no-any-return]
 
 
 def _eager_whole(call: BlockCall, layout: str | None) -> Tensor:

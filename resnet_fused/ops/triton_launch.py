@@ -18,7 +18,8 @@ from torch import Tensor
 
 from resnet_fused import backends
 
-Bound = Callable[[int], Any]  # launches on the CUDA stream of this handle, on the current device
+# Launches on the CUDA stream of this handle, on the current device. A plan hands its values to each of its steps.
+Bound = Callable[..., Any]
 
 
 class Launch(NamedTuple):
@@ -32,6 +33,15 @@ class Launch(NamedTuple):
     def __call__(self) -> None:
         self.kernel[self.grid](*self.args, **self.constants)
 
+    def bind(self) -> Bound:
+        """The launch with its tensors' addresses as they are now; it keeps none of the tensors."""
+        return _bind(self)
+
+    def tensors(self) -> list[Tensor]:
+        """All that it reads and writes."""
+        found = [getattr(arg, "base", arg) if type(arg).__name__ == "TensorDescriptor" else arg for arg in self.args]
+        return [arg for arg in found if isinstance(arg, Tensor)]
+
 
 def watched() -> bool:
     """Whether somebody wants to be told of each launch, as Triton's profiler does; a bound launch tells nobody."""
@@ -39,10 +49,9 @@ def watched() -> bool:
     return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
 
 
-def bind(launch: Launch) -> Bound:
-    """The launch with its tensors' addresses as they are now, on the current device; it keeps none of the tensors."""
+def _bind(launch: Launch) -> Bound:
     if backends.interpreting() or launch.kernel.pre_run_hooks:
-        return lambda stream: launch()
+        return lambda stream, values=None: launch()
     kernel, grid, args, constants = launch
     compiled = kernel.run(*args, grid=grid, warmup=True, **constants)
     values = tuple(_signature(kernel).bind(*args, **_parameters(kernel, constants)).arguments.values())
@@ -51,9 +60,9 @@ def bind(launch: Launch) -> Bound:
     found = _recorded(launcher, compiled, (x, y, z, 0, *base, *values))
     if found is None:
         values = _addresses(values)
-        return lambda stream: launcher(x, y, z, stream, *base, *values)
+        return lambda stream, values=None: launcher(x, y, z, stream, *base, *values)
     function, rest = found
-    return lambda stream: function(x, y, z, stream, *rest)
+    return lambda stream, values=None: function(x, y, z, stream, *rest)
 
 
 def _recorded(launcher: Any, compiled: Any, call: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]] | None:

@@ -59,9 +59,14 @@ def compute(call: ConvBNActCall, backend: str) -> Tensor:
         backend = "reference"
     elif backend == backends.AUTO and not packed.settled(call.conv.tensors()):
         return unpacked.run(call)
-    module = backends.choose("conv_bn_act", call, backend, candidates(call.x, call.conv))
+    module = server(call, backend)
     out: Tensor = module.run(call)
     return out if module is reference else like_eager(out, _eager, call.x, (call.conv,), call.residual)
+
+
+def server(call: ConvBNActCall, backend: str) -> backends.Server:
+    """Who computes a sound call."""
+    return backends.choose("conv_bn_act", call, backend, candidates(call.x, call.conv))
 
 
 def _eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:

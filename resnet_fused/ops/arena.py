@@ -1,0 +1,103 @@
+"""One buffer for all that a plan computes between its input and its result, where no two that are needed at once
+overlap. There is one for each thread, device and stream; none of it is ever handed out.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 256  # bytes: what the device's allocator gives, and tensor descriptors want 16
+_MOST = 8  # arenas of one thread, the least recently used goes
+
+
+class Interval(NamedTuple):
+    """A buffer of so many bytes, in use from the step that writes it to the last that reads it."""
+
+    size: int
+    first: int
+    last: int
+
+
+def lay_out(intervals: Sequence[Interval]) -> tuple[list[int], int]:
+    """Where each interval begins, and the bytes of all together: the largest first, each as low as it fits among those
+    that are in use with it."""
+    offsets = [0] * len(intervals)
+    placed: list[int] = []
+    for index in sorted(range(len(intervals)), key=lambda i: -intervals[i].size):
+        _, first, last = intervals[index]
+        at = 0
+        for other in sorted(placed, key=offsets.__getitem__):
+            size, begin, end = intervals[other]
+            if begin > last or end < first:
+                continue
+            if offsets[other] - at >= _rounded(intervals[index].size):
+                break
+            at = max(at, offsets[other] + _rounded(size))
+        offsets[index] = at
+        placed.append(index)
+    return offsets, max((o + _rounded(i.size) for o, i in zip(offsets, intervals, strict=True)), default=0)
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class Arena:
+    """The memory, and what plans made of its addresses: dropped with it."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        with torch.inference_mode(False):
+            memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=device)
+        begin = -memory.data_ptr() % ALIGNMENT
+        self.memory = memory[begin : begin + size]
+        self.made: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    def view(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A dense tensor at ``offset``."""
+        count = 1
+        for size in shape:
+            count *= size
+        return self.memory[offset : offset + count * dtype.itemsize].view(dtype).view(*shape)
+
+
+class _Arenas(dict[tuple[torch.device, int], Arena]):
+    """Those of one thread, by device and stream; a dictionary that can be referred to weakly."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.arenas = _Arenas()
+        _all.add(self.arenas)
+
+
+_all: weakref.WeakSet[_Arenas] = weakref.WeakSet()
+_local = _Local()
+
+
+def current(device: torch.device, stream: int, size: int) -> Arena:
+    """This thread's arena for a stream, of at least ``size`` bytes. A larger one is made where it is too small; what
+    the device still has to do with the old one comes first on the same stream."""
+    arenas = _local.arenas
+    key = (device, stream)
+    arena = arenas.get(key)
+    if arena is None or arena.memory.numel() < size:
+        arenas.pop(key, None)
+        while len(arenas) >= _MOST:
+            arenas.pop(next(iter(arenas)), None)
+        arena = Arena(device, size)
+        arenas[key] = arena
+    return arena
+
+
+def clear() -> None:
+    """Drop every thread's arenas; a plan that runs meanwhile holds what it uses until it is done."""
+    for arenas in list(_all):
+        arenas.clear()
