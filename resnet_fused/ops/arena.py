@@ -4,8 +4,10 @@ overlap. There is one for each thread, device and stream; none of it is ever han
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 256  # bytes: what the device's allocator gives, and tensor descriptors want 16
-_MOST = 8  # arenas of one thread, the least recently used goes
+_MOST = 8  # streams of one thread; the one that came first goes
 
 
 class Interval(NamedTuple):
@@ -60,13 +62,27 @@ class Arena:
 
     def view(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A dense tensor at ``offset``."""
-        count = 1
-        for size in shape:
-            count *= size
-        return self.memory[offset : offset + count * dtype.itemsize].view(dtype).view(*shape)
+        return self.memory[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(*shape)
 
 
-class _Arenas(dict[tuple[torch.device, int], Arena]):
+class Place:
+    """What one thread has on one stream: an arena, and the CUDA graphs that were captured for it, the latest last."""
+
+    def __init__(self) -> None:
+        self.graphs: OrderedDict[Any, Any] = OrderedDict()
+        self._arena: Arena | None = None
+
+    def arena(self, device: torch.device, size: int) -> Arena:
+        """Memory of at least ``size`` bytes. Where it is too small another takes its place: what the device still has
+        to do with the old one comes first on the same stream."""
+        found = self._arena
+        if found is None or found.memory.numel() < size:
+            found = self._arena = None
+            found = self._arena = Arena(device, size)
+        return found
+
+
+class _Places(OrderedDict[tuple[torch.device, int], Place]):
     """Those of one thread, by device and stream; a dictionary that can be referred to weakly."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
@@ -74,30 +90,26 @@ class _Arenas(dict[tuple[torch.device, int], Arena]):
 
 class _Local(threading.local):
     def __init__(self) -> None:
-        self.arenas = _Arenas()
-        _all.add(self.arenas)
+        self.places = _Places()
+        _all.add(self.places)
 
 
-_all: weakref.WeakSet[_Arenas] = weakref.WeakSet()
+_all: weakref.WeakSet[_Places] = weakref.WeakSet()
 _local = _Local()
 
 
-def current(device: torch.device, stream: int, size: int) -> Arena:
-    """This thread's arena for a stream, of at least ``size`` bytes. A larger one is made where it is too small; what
-    the device still has to do with the old one comes first on the same stream."""
-    arenas = _local.arenas
-    key = (device, stream)
-    arena = arenas.get(key)
-    if arena is None or arena.memory.numel() < size:
-        arenas.pop(key, None)
-        while len(arenas) >= _MOST:
-            arenas.pop(next(iter(arenas)), None)
-        arena = Arena(device, size)
-        arenas[key] = arena
-    return arena
+def place(device: torch.device, stream: int) -> Place:
+    """This thread's place on a stream."""
+    places, key = _local.places, (device, stream)
+    found = places.get(key)
+    if found is None:
+        while len(places) >= _MOST:
+            places.popitem(last=False)
+        found = places[key] = Place()
+    return found
 
 
 def clear() -> None:
-    """Drop every thread's arenas; a plan that runs meanwhile holds what it uses until it is done."""
-    for arenas in list(_all):
-        arenas.clear()
+    """Drop every thread's arenas and graphs; a plan that runs meanwhile holds what it uses until it is done."""
+    for places in list(_all):
+        places.clear()

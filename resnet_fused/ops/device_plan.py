@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from resnet_fused import backends
 from resnet_fused.ops import arena, block
-from resnet_fused.ops.arena import Arena, Interval
+from resnet_fused.ops.arena import Arena, Interval, Place
 from resnet_fused.ops.block import BlockCall
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, Shape, check_call, output_shape
 from resnet_fused.ops.max_pool.types import PoolCall, pool_size
 from resnet_fused.tuning import lookup
 
+_MOST_GRAPHS = 8  # of one thread on one stream
 _MOST_ADDRESSES = 32  # of one step that reads or writes outside of the arena
 
 
@@ -146,16 +148,32 @@ class DevicePlan:
             for at in range(len(self._steps))
         }
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.device.type != "cuda":
-            return self._run(x, 0)
+    def __call__(self, x: Tensor, *, graph: bool = False) -> Tensor:
+        """The result for such an input; with ``graph`` from a CUDA graph, captured at the first call on this stream."""
+        if self.device.type != "cuda":
+            return self._run(x, arena.place(self.device, 0).arena(self.device, self.bytes), 0)
         with _on(self.device):
-            return self._run(x, torch._C._cuda_getCurrentRawStream(self.device.index))
+            stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+            if torch.cuda.is_current_stream_capturing():
+                # What a graph uses belongs to it: another stream may replay it while this one computes.
+                return self._run(x, Arena(self.device, self.bytes), stream)
+            place = arena.place(self.device, stream)
+            if graph:
+                return self._graph(place, x).replay(x)
+            return self._run(x, place.arena(self.device, self.bytes), stream)
 
-    def _run(self, x: Tensor, stream: int) -> Tensor:
-        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        # What a graph uses belongs to it: another stream may replay it while this one computes.
-        memory = Arena(self.device, self.bytes) if capturing else arena.current(self.device, stream, self.bytes)
+    def _graph(self, place: Place, x: Tensor) -> _Graph:
+        graphs = place.graphs
+        found: _Graph | None = graphs.get(self)
+        if found is None:
+            while len(graphs) >= _MOST_GRAPHS:
+                graphs.popitem(last=False)
+            found = graphs[self] = _Graph(self, x)
+        else:
+            graphs.move_to_end(self)
+        return found
+
+    def _run(self, x: Tensor, memory: Arena, stream: int) -> Tensor:
         bound = memory.made.get(self)
         if bound is None:
             bound = memory.made[self] = self._bind(memory)
@@ -167,7 +185,8 @@ class DevicePlan:
             )
         for step in bound.steps:
             step(stream, values)
-        return values[self._last] if self._head is None else self._head(values[self._last])
+        result: Tensor = values[self._last]
+        return result if self._head is None else self._head(result)
 
     def _last_read(self, value: int) -> int:
         reads = [at for at, step in enumerate(self._steps) if value in step.node.reads()]
@@ -179,10 +198,8 @@ class DevicePlan:
         for at, step in enumerate(self._steps):
             out = step.node.out
             if out not in self._outside:
-                count = 1
-                for size in self._shapes[out]:
-                    count *= size
-                found["value", out] = Interval(count * self.dtype.itemsize, at, self._last_read(out))
+                size = math.prod(self._shapes[out]) * self.dtype.itemsize
+                found["value", out] = Interval(size, at, self._last_read(out))
             if step.workspace:
                 found["workspace", at] = Interval(step.workspace, at, at)
         return found
@@ -212,6 +229,28 @@ class DevicePlan:
             if self._ends[at]:
                 steps.append(_letting_go(self._ends[at]))
         return _Bound(values, steps, kept)
+
+
+class _Graph:
+    """A plan as a CUDA graph, with an input and a result of its own: each call copies into the one and from the other.
+
+    The memory of a graph is its own, so it is for one thread and stream.
+    """
+
+    def __init__(self, plan: DevicePlan, x: Tensor) -> None:
+        with torch.inference_mode(False):
+            self._x = torch.empty_like(x).copy_(x)
+        plan(self._x)  # what is made on first use: kernels, packed weights, cuDNN's choice
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may go on with what they do on the device.
+        with torch.inference_mode(False), torch.no_grad():
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._result = plan(self._x)
+
+    def replay(self, x: Tensor) -> Tensor:
+        self._x.copy_(x)
+        self._graph.replay()
+        return self._result.clone()
 
 
 def _bound(step: Step, values: list[Any], workspace: Tensor | None) -> tuple[list[Any], list[Tensor]]:
