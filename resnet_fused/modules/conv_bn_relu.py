@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.modules import depth_first, guards, live, parts
+from resnet_fused.modules import depth_first, gpu_plan, guards, live, parts
 from resnet_fused.modules.base import FusedModule
 from resnet_fused.modules.spec import BlockSpec, FusedState, find
 from resnet_fused.ops.convbn import ACTS
@@ -122,6 +122,9 @@ class FusedStem(FusedModule):
         pairs = self._rf_stem_pairs(x)
         if pairs is None or any(parts.read(*pair) is None for pair in pairs):
             return features(x)
+        planned = gpu_plan.features(self, x, pairs, layers)
+        if planned is not None:
+            return planned
         return depth_first.run(features, x, pairs[0][0], layers)
 
     def _rf_stem_pairs(self, x: Any) -> list[live.Pair] | None:

@@ -110,7 +110,8 @@ class FusedState:
 
     recompute is what training computes again in the backward pass instead of keeping it: None, "activations" or
     "last_conv". channels_last: whether feature maps become that where norms use given statistics (parts.feature_map).
-    matched are the functions of the class that spec was read from, None where the class is ours.
+    matched are the functions of the class that spec was read from, None where the class is ours. cuda_graph: whether a
+    whole network's plan is replayed from a CUDA graph.
     """
 
     spec: BlockSpec
@@ -118,3 +119,4 @@ class FusedState:
     recompute: str | None = None
     channels_last: bool = True
     matched: Matched | None = None
+    cuda_graph: bool = False

@@ -69,7 +69,7 @@ class Place:
     """What one thread has on one stream: an arena, and the CUDA graphs that were captured for it, the latest last."""
 
     def __init__(self) -> None:
-        self.graphs: OrderedDict[Any, Any] = OrderedDict()
+        self.graphs: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by plan
         self._arena: Arena | None = None
 
     def arena(self, device: torch.device, size: int) -> Arena:

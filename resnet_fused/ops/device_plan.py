@@ -116,85 +116,102 @@ class _Bound(NamedTuple):
 
 
 class DevicePlan:
-    """Call it with an input of the shape, strides, dtype and device that it was made for.
+    """Call it with an input of the shape, strides, dtype and device that it was made for. The result is a new tensor.
 
     Args:
         nodes: in the order of computation; the last one's result is the plan's.
-        x: such an input, channels_last.
+        x: such an input. It is read where it lies when it is channels_last, else copied into the arena.
         backend: as in ``resnet_fused.functional``.
-        head: makes the result from the last node's, a new tensor; without it the last node writes a new one.
+        head: makes a new tensor from the last node's result.
+        graph: capture a CUDA graph at the first call on a stream, and replay it then and later.
 
     Raises:
-        Unplannable: a node is nobody's who can be planned.
+        Unplannable: the result would be empty.
     """
 
     def __init__(
-        self, nodes: Sequence[Node], x: Tensor, backend: str, head: Callable[[Tensor], Tensor] | None = None
+        self,
+        nodes: Sequence[Node],
+        x: Tensor,
+        backend: str,
+        head: Callable[[Tensor], Tensor] | None = None,
+        *,
+        graph: bool = False,
     ) -> None:
         self.device, self.dtype = x.device, x.dtype
-        self._head = head
+        self._head, self._captures = head, graph
+        copies = graph or not x.is_contiguous(memory_format=torch.channels_last)
         with _on(self.device):
-            self._steps, shapes = _resolved(nodes, x, backend)
-        self._shapes = shapes
-        last = self._steps[-1].node.out
-        outside = {0} | {step.node.out for step in self._steps if step.own} | (set() if head is not None else {last})
+            self._steps, self._shapes = _resolved(nodes, torch.empty_like(x, memory_format=torch.channels_last), backend)
+        self._last = self._steps[-1].node.out
+        outside = {step.node.out for step in self._steps if step.own}
+        outside |= (set() if copies else {0}) | ({self._last} if head is None else set())
         self._outside = frozenset(outside)
-        self._last = last
         self._intervals = self._lifetimes()
         self._offsets, self.bytes = arena.lay_out(list(self._intervals.values()))
         # Values outside are let go once nobody reads them any more.
-        self._ends = {
-            at: [value for value in self._outside - {last} if self._last_read(value) == at]
-            for at in range(len(self._steps))
-        }
+        let_go = self._outside - {self._last}
+        self._ends = [[v for v in let_go if self._last_read(v) == at] for at in range(len(self._steps))]
 
-    def __call__(self, x: Tensor, *, graph: bool = False) -> Tensor:
-        """The result for such an input; with ``graph`` from a CUDA graph, captured at the first call on this stream."""
+    def __call__(self, x: Tensor) -> Tensor:
         if self.device.type != "cuda":
-            return self._run(x, arena.place(self.device, 0).arena(self.device, self.bytes), 0)
+            return self._run(x, arena.place(self.device, 0).arena(self.device, self.bytes))
         with _on(self.device):
-            stream = torch._C._cuda_getCurrentRawStream(self.device.index)
             if torch.cuda.is_current_stream_capturing():
                 # What a graph uses belongs to it: another stream may replay it while this one computes.
-                return self._run(x, Arena(self.device, self.bytes), stream)
-            place = arena.place(self.device, stream)
-            if graph:
+                return self._run(x, Arena(self.device, self.bytes))
+            place = arena.place(self.device, self._stream())
+            if self._captures:
                 return self._graph(place, x).replay(x)
-            return self._run(x, place.arena(self.device, self.bytes), stream)
+            return self._run(x, place.arena(self.device, self.bytes))
 
-    def _graph(self, place: Place, x: Tensor) -> _Graph:
-        graphs = place.graphs
-        found: _Graph | None = graphs.get(self)
-        if found is None:
-            while len(graphs) >= _MOST_GRAPHS:
-                graphs.popitem(last=False)
-            found = graphs[self] = _Graph(self, x)
-        else:
-            graphs.move_to_end(self)
-        return found
+    def _stream(self) -> int:
+        return torch._C._cuda_getCurrentRawStream(self.device.index) if self.device.type == "cuda" else 0
 
-    def _run(self, x: Tensor, memory: Arena, stream: int) -> Tensor:
-        bound = memory.made.get(self)
+    def _run(self, x: Tensor, memory: Arena) -> Tensor:
+        bound: _Bound | None = memory.made.get(self)
         if bound is None:
             bound = memory.made[self] = self._bind(memory)
         values = bound.values.copy()
-        values[0] = x
+        if values[0] is None:
+            values[0] = x
+        else:
+            values[0].copy_(x)
+        return self._launch(bound, values)
+
+    def _launch(self, bound: _Bound, values: list[Any]) -> Tensor:
+        """All steps, with the input among the values."""
         if self._head is None:
             values[self._last] = torch.empty(
                 self._shapes[self._last], dtype=self.dtype, device=self.device, memory_format=torch.channels_last
             )
+        stream = self._stream()
         for step in bound.steps:
             step(stream, values)
         result: Tensor = values[self._last]
         return result if self._head is None else self._head(result)
 
+    def _graph(self, place: Place, x: Tensor) -> _Graph:
+        graphs = place.graphs
+        found: _Graph | None = graphs.pop(self, None)
+        if found is None:
+            while len(graphs) >= _MOST_GRAPHS:
+                graphs.pop(next(iter(graphs)), None)
+            found = _Graph(self, x)
+        graphs[self] = found  # the latest last
+        return found
+
     def _last_read(self, value: int) -> int:
-        reads = [at for at, step in enumerate(self._steps) if value in step.node.reads()]
-        return len(self._steps) if value == self._last else max(reads, default=0)
+        if value == self._last:
+            return len(self._steps)
+        return max((at for at, step in enumerate(self._steps) if value in step.node.reads()), default=0)
 
     def _lifetimes(self) -> dict[tuple[str, int], Interval]:
         """Of each value in the arena, and of the workspace of each step."""
         found: dict[tuple[str, int], Interval] = {}
+        if 0 not in self._outside:
+            size = math.prod(self._shapes[0]) * self.dtype.itemsize
+            found["value", 0] = Interval(size, 0, self._last_read(0))
         for at, step in enumerate(self._steps):
             out = step.node.out
             if out not in self._outside:
@@ -232,23 +249,21 @@ class DevicePlan:
 
 
 class _Graph:
-    """A plan as a CUDA graph, with an input and a result of its own: each call copies into the one and from the other.
-
-    The memory of a graph is its own, so it is for one thread and stream.
-    """
+    """A plan's launches as a CUDA graph, with an arena of their own: each call copies its input into that, and the
+    result out of it. So a graph is for one thread and stream."""
 
     def __init__(self, plan: DevicePlan, x: Tensor) -> None:
-        with torch.inference_mode(False):
-            self._x = torch.empty_like(x).copy_(x)
-        plan(self._x)  # what is made on first use: kernels, packed weights, cuDNN's choice
+        self._bound = plan._bind(Arena(plan.device, plan.bytes))
+        self._bound.values[0].copy_(x)
+        plan._launch(self._bound, self._bound.values.copy())  # what cuDNN makes on first use
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may go on with what they do on the device.
         with torch.inference_mode(False), torch.no_grad():
+            # Other threads may go on with what they do on the device.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._result = plan(self._x)
+                self._result = plan._launch(self._bound, self._bound.values.copy())
 
     def replay(self, x: Tensor) -> Tensor:
-        self._x.copy_(x)
+        self._bound.values[0].copy_(x)
         self._graph.replay()
         return self._result.clone()
 

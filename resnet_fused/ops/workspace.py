@@ -16,8 +16,8 @@ LARGEST_BUFFER = 30 << 20
 
 
 def clear_workspace() -> None:
-    """Release what the ops keep between calls: packed weights, arenas, CUDA graphs, and
-    freed buffers that the C library's heap holds.
+    """Release what the ops keep between calls: packed weights, arenas and CUDA graphs, and freed buffers that the C
+    library's heap holds.
 
     On the CPU the intermediates of a block are sub-batches small enough for the heap, where the next block finds them
     again; they stay in the process after the last call. On a GPU a network has an arena for each thread and stream. The
