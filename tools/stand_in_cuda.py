@@ -7,15 +7,23 @@ for a process of its own, since what is loaded as libcuda.so.1 stays.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
 
 CAPABILITY = 90
+GPU = torch.device("cuda", 0)
 
 
 class StandIn:
@@ -77,3 +85,39 @@ class StandIn:
             assert found is not None, line
             sizes.append(int(found.group(1)) if found.group(1) else int(found.group(2)) // 8)
         self._library.stand_in_parameters(ctypes.c_void_p(function), len(sizes), (ctypes.c_size_t * len(sizes))(*sizes))
+
+
+class _Properties:
+    """Of an H100."""
+
+    name, major, minor, multi_processor_count = "a stand-in", *divmod(CAPABILITY, 10), 132
+
+
+@contextlib.contextmanager
+def on_gpu() -> Iterator[None]:
+    """Every tensor of the CPU says that it is on the stand-in, where Triton is the one backend that fuses."""
+    from resnet_fused import backends
+    from resnet_fused.ops.conv_bn_act import triton_config
+
+    empty = torch.empty
+
+    def here(*args: Any, device: Any = None, **options: Any) -> Tensor:
+        return empty(*args, device=None if device == GPU else device, **options)
+
+    present = functools.cache(lambda name: None if name in ("reference", "triton") else "it is not on the stand-in")
+    told = {
+        "current_device": lambda: 0, "device": lambda device: contextlib.nullcontext(),
+        "is_current_stream_capturing": lambda: False, "get_device_properties": lambda device: _Properties,
+        "get_device_capability": lambda device=None: (_Properties.major, _Properties.minor),
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for name, value in told.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True))
+        stack.enter_context(mock.patch.object(torch, "empty", here))
+        stack.enter_context(mock.patch.object(backends, "_unavailable", present))
+        stack.enter_context(mock.patch.object(Tensor, "device", property(lambda self: GPU)))
+        stack.enter_context(mock.patch.object(Tensor, "is_cuda", property(lambda self: True)))
+        triton_config.architecture.cache_clear()
+        stack.callback(triton_config.architecture.cache_clear)
+        yield

@@ -61,7 +61,10 @@ def features(model: nn.Module, x: Tensor, stem: list[Pair], layers: Iterable[nn.
     if token is None:
         if state.backend == backends.AUTO and not all(packed.settled(conv.tensors()) for conv in convs):
             return None
-        token = CACHE.get(_TOKENS, tensors, None, object)
+        CACHE.get(_TOKENS, tensors, None, object)
+        token = CACHE.find(_TOKENS, tensors)
+        if token is None:  # inference tensors, of which nothing tells that they were written
+            return None
     plans = _plans.setdefault(model, OrderedDict())
     kept = plans.pop(key, None)
     if kept is None or kept.token is not token:
