@@ -97,6 +97,8 @@ class FusedStem(FusedModule):
     The modules stay its own submodules, and its class's own methods run wherever the stem may not be bypassed.
     """
 
+    _rf_planned = False  # whether its forward goes through _rf_run_features, which has plans
+
     def _rf_parts(self) -> Iterable[nn.Module]:
         return [m for pair in self._rf_state.spec.pairs for keys in pair if (m := find(self, keys)) is not None]
 

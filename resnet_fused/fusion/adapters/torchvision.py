@@ -51,6 +51,8 @@ REFUSED = {
 class FusedResNet(FusedStem):
     """torchvision's ResNet with its stem as one op."""
 
+    _rf_planned = True
+
     maxpool: nn.Module
     layer1: nn.Module
     layer2: nn.Module
