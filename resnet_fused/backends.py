@@ -2,8 +2,8 @@
 
 A backend is a module ``ops/<op>/<backend>.py`` with two functions: ``supports(call)``, which gives the reason why it
 cannot take this call or None, and ``run(call)``. It may have ``bind(call)``, which gives what computes calls with the
-same weights and shapes (ops/block_cpu.py), and ``launches(call, out, workspace)`` with ``workspace_bytes(call)``, which
-write where they are told (ops/device_plan.py). Modules are imported on first use, so ``import resnet_fused`` needs torch
+same weights and shapes (ops/block_cpu.py), and ``launches(call, out, workspace)`` with ``workspace_bytes(call)``: what
+writes where it is told (ops/device_plan.py). Modules are imported on first use, so ``import resnet_fused`` needs torch
 alone.
 """
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused import backends
-from resnet_fused.modules import guards, live, parts
+from resnet_fused.modules import guards, parts
 from resnet_fused.modules.block import FusedBlock, _parts
 from resnet_fused.modules.live import Pair, Projection
-from resnet_fused.ops import library, packed
+from resnet_fused.ops import library, packed, triton_launch
 from resnet_fused.ops.convbn import ConvBN
 from resnet_fused.ops.device_plan import Block, Conv, DevicePlan, Node, Pool, Unplannable
 from resnet_fused.ops.tensor_cache import CACHE
@@ -45,7 +45,9 @@ def features(model: nn.Module, x: Tensor, stem: list[Pair], layers: Iterable[nn.
         stem: its first convolutions and norms, which may be bypassed.
     """
     state: Any = model._rf_state
-    if not _served(x, state.backend) or not library.unobserved(x) or lookup.observed() or not state.channels_last:
+    if not _served(x, state.backend) or not library.unobserved(x) or not state.channels_last:
+        return None
+    if lookup.observed() or triton_launch.watched():
         return None
     nodes = _nodes(stem, layers, x, state)
     if nodes is None:

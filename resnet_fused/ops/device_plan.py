@@ -40,7 +40,8 @@ class Conv(NamedTuple):
     act: str
 
     def call(self, values: Sequence[Any]) -> ConvBNActCall:
-        return ConvBNActCall(values[self.x], self.conv, None if self.residual is None else values[self.residual], self.act)
+        residual = None if self.residual is None else values[self.residual]
+        return ConvBNActCall(values[self.x], self.conv, residual, self.act)
 
     def shape(self, x: Shape) -> Shape:
         return output_shape(self.conv, x)
@@ -141,8 +142,9 @@ class DevicePlan:
         self.device, self.dtype = x.device, x.dtype
         self._head, self._captures = head, graph
         copies = graph or not x.is_contiguous(memory_format=torch.channels_last)
+        like = torch.empty_like(x, memory_format=torch.channels_last) if copies else x
         with _on(self.device):
-            self._steps, self._shapes = _resolved(nodes, torch.empty_like(x, memory_format=torch.channels_last), backend)
+            self._steps, self._shapes = _resolved(nodes, like, backend)
         self._last = self._steps[-1].node.out
         outside = {step.node.out for step in self._steps if step.own}
         outside |= (set() if copies else {0}) | ({self._last} if head is None else set())
@@ -257,10 +259,10 @@ class _Graph:
         self._bound.values[0].copy_(x)
         plan._launch(self._bound, self._bound.values.copy())  # what cuDNN makes on first use
         self._graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(False), torch.no_grad():
-            # Other threads may go on with what they do on the device.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._result = plan._launch(self._bound, self._bound.values.copy())
+        # Other threads may go on with what they do on the device.
+        capture = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
+        with torch.inference_mode(False), torch.no_grad(), capture:
+            self._result = plan._launch(self._bound, self._bound.values.copy())
 
     def replay(self, x: Tensor) -> Tensor:
         self._bound.values[0].copy_(x)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ class Launch(NamedTuple):
 
 def watched() -> bool:
     """Whether somebody wants to be told of each launch, as Triton's profiler does; a bound launch tells nobody."""
+    if "triton" not in sys.modules:
+        return False
     hooks = _hooks()
     return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
 

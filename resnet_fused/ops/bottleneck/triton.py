@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from resnet_fused import backends
+from resnet_fused.ops import packed
 from resnet_fused.ops.block import BlockCall
 from resnet_fused.ops.bottleneck import triton_config, triton_kernel
-from resnet_fused.ops.conv_bn_act.triton import affine, nhwc_weight
+from resnet_fused.ops.conv_bn_act.triton import affine
 from resnet_fused.ops.convbn import ConvBN, short_dtype
 from resnet_fused.ops.triton_launch import Launch
 
@@ -99,7 +100,7 @@ def _launch(call: BlockCall, out: Tensor, workspace: Tensor | None) -> Launch:
         x = x.contiguous()
     scratch = x.new_empty(slots) if workspace is None else workspace.view(x.dtype).view(slots)
     convs = (*call.convs, call.shortcut)
-    weights = [None if conv is None else nhwc_weight(conv) for conv in convs]
+    weights = [None if conv is None else packed.nhwc_weight(conv) for conv in convs]
     args = (
         x, *weights, out.permute(0, 2, 3, 1), scratch, *[vector for conv in convs for vector in _affine(conv)],
         *tiles, *x.shape[1:3], *out.shape[2:], *x.stride()[:3],

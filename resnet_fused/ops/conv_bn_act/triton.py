@@ -28,7 +28,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16  # bytes: of a descriptor's base and strides
 _NARROW_SPAN = 2**30  # elements up to which offsets, with all that a tile overhangs, stay within 32 bits
 _REDUCE_TILE = (4, 128)
-_AFFINES, _WEIGHTS = packed.new_kind(), packed.new_kind()
+_AFFINES = packed.new_kind()
 
 
 class Operands(NamedTuple):
@@ -82,7 +82,9 @@ def workspace_bytes(call: ConvBNActCall, config: ConvConfig | None = None) -> in
     return _workspace_bytes(prepared.problem, prepared.config)
 
 
-def launches(call: ConvBNActCall, out: Tensor, workspace: Tensor | None, config: ConvConfig | None = None) -> list[Launch]:
+def launches(
+    call: ConvBNActCall, out: Tensor, workspace: Tensor | None, config: ConvConfig | None = None
+) -> list[Launch]:
     """What :func:`run` launches, into ``out``, a channels_last ``[N, K, P, Q]``.
 
     ``workspace`` has :func:`workspace_bytes` bytes.
@@ -131,16 +133,7 @@ def _operands(call: ConvBNActCall) -> Operands:
     if x.stride(3) != 1 and x.shape[3] > 1:
         x = x.contiguous()
     residual = None if call.residual is None else _dense(call.residual.permute(0, 2, 3, 1))
-    return Operands(x, nhwc_weight(conv), residual, *affine(conv))
-
-
-def nhwc_weight(conv: ConvBN) -> Tensor:
-    """[K, R, S, C/groups], dense: where it lies, or a copy that is kept by the rules of packed weights."""
-    weight = conv.weight.permute(0, 2, 3, 1)
-    if weight.is_contiguous():
-        return weight
-    laid_out: Tensor = packed.packed(_WEIGHTS, conv, lambda conv: conv.weight.permute(0, 2, 3, 1).contiguous())
-    return laid_out
+    return Operands(x, packed.nhwc_weight(conv), residual, *affine(conv))
 
 
 def affine(conv: ConvBN) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +18,7 @@ from resnet_fused.ops.triton_launch import Launch
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ELEMENTS = 2048  # of a program's tile
+
 
 @triton.jit
 def max_pool_kernel(
