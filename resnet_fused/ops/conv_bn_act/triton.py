@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -247,7 +247,7 @@ def _pointer_launches(
         else:
             sums = workspace.view(torch.float32).view(shape)
     x_n, x_h, x_w = (0, 0, row_stride(x)) if problem.rows else x.stride()[:3]
-    args = (
+    args: tuple[Any, ...] = (
         x, weight, None if splits > 1 else residual, None if splits > 1 else out, sums, scale, shift,
         problem.m, problem.c, problem.k, x.shape[1], x.shape[2], problem.p, problem.q, problem.groups,
         x_n, x_h, x_w, problem.taps * problem.c, *conv.stride, *conv.padding, *conv.dilation, per_split,
