@@ -61,7 +61,7 @@ def features(model: nn.Module, x: Tensor, stem: list[Pair], layers: Iterable[nn.
     )  # fmt: skip
     token = CACHE.find(_TOKENS, tensors)
     if token is None:
-        if state.backend == backends.AUTO and not all(packed.settled(conv.tensors()) for conv in convs):
+        if state.backend == backends.AUTO and not packed.settled(tensors):
             return None
         CACHE.get(_TOKENS, tensors, None, object)
         token = CACHE.find(_TOKENS, tensors)

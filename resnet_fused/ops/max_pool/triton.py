@@ -32,14 +32,15 @@ def max_pool_kernel(
     h0 = m // Q % P * stride_h - pad_h
     w0 = m % Q * stride_w - pad_w
     first = m // Q // P * x_n
-    most = tl.full((BM, BC), float("-inf"), x.dtype.element_ty)
+    most = tl.full((BM, BC), float("-inf"), tl.float32)
     for r in tl.static_range(R):
         for s in tl.static_range(S):
             h, w = h0 + r * dil_h, w0 + s * dil_w
             ok = (m_ok & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & c_ok[None, :]
             value = tl.load(x + (first + h * x_h + w * x_w)[:, None] + c[None, :], mask=ok, other=float("-inf"))
+            value = value.to(tl.float32)
             most = tl.where((value > most) | (value != value), value, most)  # NaN is the most, as aten has it
-    tl.store(out + m[:, None] * C + c[None, :], most, mask=m_ok[:, None] & c_ok[None, :])
+    tl.store(out + m[:, None] * C + c[None, :], most.to(out.dtype.element_ty), mask=m_ok[:, None] & c_ok[None, :])
 
 
 def supports(call: PoolCall) -> str | None:
