@@ -32,7 +32,7 @@ from resnet_fused.ops import packed
 from resnet_fused.testing.torchvision_compat import import_torchvision
 
 
-def measure(run: Callable[[], object], repeats: int, rounds: int = 20) -> tuple[float, float]:
+def measure(run: Callable[[], object], repeats: int, rounds: int) -> tuple[float, float]:
     """Milliseconds of one call: the best and the median of several rounds."""
     for _ in range(3):
         run()
@@ -50,18 +50,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="resnet50", choices=["resnet18", "resnet34", "resnet50", "resnet101"])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=20, help="forwards of a round")
+    parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     os.environ["RESNET_FUSED_TUNING"] = "0"
     stand_in = StandIn()
     build = getattr(import_torchvision().models, options.model)
-    rows = {}
+    rows, rounds = {}, (options.repeats, options.rounds)
     eager = build(weights=None).eval().half()
     fused = rf.fuse(eager)
     with torch.inference_mode():
         empty = torch.empty(0, 3, options.size, options.size, dtype=torch.half)
-        rows["eager, no kernels"] = measure(lambda: eager(empty), options.repeats)
+        rows["eager, no kernels"] = measure(lambda: eager(empty), *rounds)
         x = torch.empty(options.batch, 3, options.size, options.size, dtype=torch.half)
         x = x.contiguous(memory_format=torch.channels_last)
         with on_gpu(), packed.at_once(), mock.patch.object(gpu_plan, "_pooled", _pooled_nothing):
@@ -69,12 +70,14 @@ def main(argv: list[str] | None = None) -> None:
             before = stand_in.launches()
             fused(x)
             launches = stand_in.launches() - before
-            rows["fused, plan and guard"] = measure(lambda: fused(x), options.repeats)
+            rows["fused, plan and guard"] = measure(lambda: fused(x), *rounds)
             (kept,) = gpu_plan._plans[fused].values()
-            rows["fused, plan alone"] = measure(lambda: kept.plan(x), options.repeats)
+            rows["fused, plan alone"] = measure(lambda: kept.plan(x), *rounds)
             between = operations(lambda: kept.plan(x))
     print(f"{options.model}, float16, batch {options.batch}, {options.size} pixels; torch {torch.__version__}")
-    print(f"{launches} launches; operations of PyTorch, any of which may allocate: {', '.join(between) or 'none'}")
+    print(
+        f"{launches} launches; operations of aten, which may allocate, all behind the last launch: {', '.join(between) or 'none'}"
+    )
     print(f"{'host time of a forward, ms':30s} {'best':>8s} {'median':>8s}")
     for name, (best, median) in rows.items():
         print(f"{name:30s} {best:8.3f} {median:8.3f}")

@@ -99,10 +99,8 @@ def on_gpu() -> Iterator[None]:
     from resnet_fused import backends
     from resnet_fused.ops.conv_bn_act import triton_config
 
-    empty = torch.empty
-
-    def here(*args: Any, device: Any = None, **options: Any) -> Tensor:
-        return empty(*args, device=None if device == GPU else device, **options)
+    def here(make: Any) -> Any:
+        return lambda *args, device=None, **options: make(*args, device=None if device == GPU else device, **options)
 
     present = functools.cache(lambda name: None if name in ("reference", "triton") else "it is not on the stand-in")
     told = {
@@ -114,10 +112,13 @@ def on_gpu() -> Iterator[None]:
         for name, value in told.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True))
-        stack.enter_context(mock.patch.object(torch, "empty", here))
+        for name in ("empty", "empty_strided"):
+            stack.enter_context(mock.patch.object(torch, name, here(getattr(torch, name))))
         stack.enter_context(mock.patch.object(backends, "_unavailable", present))
-        stack.enter_context(mock.patch.object(Tensor, "device", property(lambda self: GPU)))
-        stack.enter_context(mock.patch.object(Tensor, "is_cuda", property(lambda self: True)))
+        stack.enter_context(
+            mock.patch.object(Tensor, "device", property(lambda self: torch.device("meta") if self.is_meta else GPU))
+        )
+        stack.enter_context(mock.patch.object(Tensor, "is_cuda", property(lambda self: not self.is_meta)))
         triton_config.architecture.cache_clear()
         stack.callback(triton_config.architecture.cache_clear)
         yield

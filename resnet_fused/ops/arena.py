@@ -61,8 +61,13 @@ class Arena:
         self.made: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
     def view(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A dense tensor at ``offset``."""
-        return self.memory[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(*shape)
+        """A dense tensor at ``offset``; one of four dimensions is channels_last."""
+        with torch.inference_mode(False):  # calls of either mode may write to it
+            flat = self.memory[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype)
+            if len(shape) != 4:
+                return flat.view(*shape)
+            n, c, h, w = shape
+            return flat.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 class Place:

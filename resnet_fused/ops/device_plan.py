@@ -228,8 +228,7 @@ class DevicePlan:
         workspaces: dict[int, Tensor] = {}
         for (kind, at), offset in zip(self._intervals, self._offsets, strict=True):
             if kind == "value":
-                n, c, h, w = self._shapes[at]
-                values[at] = memory.view(offset, (n, h, w, c), self.dtype).permute(0, 3, 1, 2)
+                values[at] = memory.view(offset, self._shapes[at], self.dtype)
             else:
                 workspaces[at] = memory.view(offset, (self._intervals[kind, at].size,), torch.uint8)
         steps: list[Callable[[int, list[Any]], Any]] = []
