@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fused as rf
 from resnet_fused import backends
-from resnet_fused.modules import gpu_plan
+from resnet_fused.modules import network_plan
 from resnet_fused.ops import arena, device_plan
 from resnet_fused.ops.arena import ALIGNMENT, Interval
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
@@ -45,10 +45,16 @@ def _alone() -> Iterator[None]:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[DevicePlan]:
-    """The plans that computed something, in their order."""
+    """The plans of whole networks that computed something, in their order."""
     seen: list[DevicePlan] = []
     run = DevicePlan.__call__
-    monkeypatch.setattr(DevicePlan, "__call__", lambda self, x: seen.append(self) or run(self, x))
+
+    def noting(self: DevicePlan, x: Tensor) -> Tensor:
+        if self._head is not None:
+            seen.append(self)
+        return run(self, x)
+
+    monkeypatch.setattr(DevicePlan, "__call__", noting)
     return seen
 
 
@@ -59,7 +65,7 @@ def fused(kind: str = "basic", seed: int = 0, **options: Any) -> nn.Module:
 def block_by_block(model: nn.Module, x: Tensor) -> Tensor:
     """What the model computes without a plan."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_plan, "features", lambda *_: None)
+        patch.setattr(network_plan, "run", lambda *_: None)
         return model(x)
 
 
@@ -120,18 +126,24 @@ def test_what_allocates_its_own_result_stands_between_launches(runs, monkeypatch
         assert torch.equal(model(x), block_by_block(model, x))
     (plan,) = set(runs)
     own = [step.node.out for step in plan._steps if step.own]
-    assert len(own) == 2 and set(own) <= plan._outside and sum(plan._ends, []) and len(runs) == 4
+    assert len(own) == 2 and set(own) <= plan._outside and any(plan._ends) and len(runs) == 4
 
 
-def test_a_plan_without_a_head_gives_a_new_feature_map(runs):
-    model, x = fused(), images(2, 9).contiguous(memory_format=torch.channels_last)
-    pairs, layers = model._rf_stem_pairs(x), [model.maxpool, model.layer1, model.layer2, model.avgpool]
-    nodes = gpu_plan._nodes(pairs, layers, x, model._rf_state)
-    plan = DevicePlan(nodes, x, "triton")
-    first, second = plan(x), plan(x + 1)
-    expected = model.layer2(model.layer1(model.maxpool(model._rf_run_stem(x))))
-    assert torch.equal(first, expected) and first.stride() == expected.stride()
-    assert first.data_ptr() != second.data_ptr() and not torch.equal(first, second)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("size", [1, 9])
+def test_a_block_alone_has_a_plan_and_gives_a_new_feature_map(size, layout, monkeypatch):
+    planned: list[Any] = []
+    make = device_plan.make
+    monkeypatch.setattr(device_plan, "make", lambda *args, **options: planned.append(0) or make(*args, **options))
+    for block in (fused("basic").layer2[0], fused("bottleneck").layer2[0]):
+        channels = next(block.children()).in_channels
+        xs = [torch.randn(2, channels, size, size).contiguous(memory_format=layout) for _ in range(2)]
+        first, second = [block(x) for x in xs]
+        for out, x in zip((first, second), xs, strict=True):
+            expected = block_by_block(block, x)
+            assert torch.equal(out, expected) and out.stride() == expected.stride()
+        assert first.data_ptr() != second.data_ptr()
+    assert len(planned) == 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -228,9 +240,9 @@ def test_training_mode_and_other_pools_are_not_for_a_plan(runs):
 @pytest.mark.waits
 def test_weights_new_at_each_call_make_no_plan(runs):
     model, x = rf.fuse(network(), backend="auto"), images()
-    served = gpu_plan._served
+    serves = device_plan.serves
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_plan, "_served", lambda x, backend: served(x, "triton"))
+        patch.setattr(device_plan, "serves", lambda x, backend: serves(x, "triton"))
         for _ in range(3):
             model(x)
             for p in model.parameters():
@@ -298,7 +310,7 @@ def test_switches_of_pytorch_have_plans_of_their_own(runs, monkeypatch):
 
 def test_plans_are_bounded_and_the_least_recently_used_goes(runs):
     model = fused("narrow")
-    sizes = [8 + i for i in range(gpu_plan.MOST_PLANS)]
+    sizes = [8 + i for i in range(network_plan.MOST_PLANS)]
     for size in sizes:
         model(images(1, size))
     model(images(1, sizes[0]))
@@ -306,15 +318,15 @@ def test_plans_are_bounded_and_the_least_recently_used_goes(runs):
     model(images(1, 30))
     model(images(1, sizes[0]))
     assert runs[-1] is runs[0], "it was used later than the others"
-    plans = gpu_plan._plans[model]
-    assert len(plans) == gpu_plan.MOST_PLANS and runs[1] not in [kept.plan for kept in plans.values()]
+    plans = model._rf_state.plans.guard._plans
+    assert len(plans) == network_plan.MOST_PLANS and runs[1] not in plans.values()
 
 
 def test_nothing_outlives_the_model_or_its_copies(runs):
     model, x = fused(), images()
     model(x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin not in gpu_plan._plans
+        assert twin._rf_state.plans.guard is None
         assert torch.equal(twin(x), model(x))
     plan, weight = weakref.ref(runs[0]), weakref.ref(convs_of(model)[0])
     runs.clear()
@@ -420,7 +432,7 @@ def test_what_is_needed_at_once_does_not_overlap(found: list[Interval]) -> None:
 
 def test_a_cache_that_keeps_nothing_makes_no_plan(runs, monkeypatch):
     """As for inference tensors on a GPU, of which nothing tells that they were written."""
-    monkeypatch.setattr(CACHE, "find", lambda *_: None)
+    monkeypatch.setattr(CACHE, "ticket", lambda *_: None)
     model, x = fused(), images()
     assert torch.equal(model(x), block_by_block(model, x)) and not runs
 
@@ -431,4 +443,3 @@ def test_empty_batches_and_small_images_are_for_the_modules(runs):
     with pytest.raises((RuntimeError, ValueError)):
         rf.fuse(network("wide"), backend="triton")(torch.randn(1, 4, 8, 8))
     assert not runs
-    assert device_plan.Unplannable.__doc__

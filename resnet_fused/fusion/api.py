@@ -229,7 +229,7 @@ def _check_cuda_graph(model: nn.Module) -> None:
         raise ValueError("cuda_graph: got True, but there is no CUDA device here; leave it out")
     for _, module, found in _matches(model):
         cls = type(module) if isinstance(module, FusedModule) else found.fused
-        if cls is not None and getattr(cls, "_rf_planned", False):
+        if cls is not None and getattr(cls, "_rf_whole", False):
             return
     raise ValueError(
         f"cuda_graph: got True, but no single plan computes a {type(model).__name__}, as one does a ResNet of this "

@@ -104,14 +104,32 @@ BASIC_BLOCK = extended(BlockSpec.of("conv1 conv2", "bn1 bn2", "relu", "downsampl
 BOTTLENECK = extended(BlockSpec.of("conv1 conv2 conv3", "bn1 bn2 bn3", "relu", "downsample"), adds="+=")
 
 
+class Plans:
+    """What was prepared for one module, filled by ``network_plan``: a copy or a pickle of it is empty."""
+
+    guard: Any = None
+    failures = 0  # in a row
+    wait = 0  # calls until the next attempt
+
+    def drop(self) -> None:
+        self.guard = None
+
+    def __deepcopy__(self, memo: Any) -> Plans:
+        return Plans()
+
+    def __reduce__(self) -> Any:
+        return Plans, ()
+
+
 @dataclass(frozen=True)
 class FusedState:
     """What a fused module knows beside its parameters: no tensor, nothing derived from one.
 
     recompute is what training computes again in the backward pass instead of keeping it: None, "activations" or
     "last_conv". channels_last: whether feature maps become that where norms use given statistics (parts.feature_map).
-    matched are the functions of the class that spec was read from, None where the class is ours. cuda_graph: whether a
-    whole network's plan is replayed from a CUDA graph.
+    matched are the functions of the class that spec was read from, None where the class is ours. cuda_graph: whether the
+    plan of a whole network is replayed from a CUDA graph. plans are what ``network_plan`` prepared for this module; no
+    copy has them.
     """
 
     spec: BlockSpec
@@ -120,3 +138,4 @@ class FusedState:
     channels_last: bool = True
     matched: Matched | None = None
     cuda_graph: bool = False
+    plans: Plans = field(init=False, default_factory=Plans, repr=False, compare=False)

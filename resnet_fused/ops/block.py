@@ -169,7 +169,7 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
         run = _whole(name, call, backend)
         if run is None:
             return run_chain(call, lambda c: conv_bn_act.compute(c, backend))
-        return with_strides(run(call), eager_strides(_eager, x, (*call.convs, call.shortcut), identity))
+        return with_strides(run(call), eager_strides(eager, x, (*call.convs, call.shortcut), identity))
     convs = call.convs if call.shortcut is None else (*call.convs, call.shortcut)
     tensors = call.tensors()[1:]
     kind = (name, call.shortcut is None, *[conv[6:] for conv in convs])
@@ -195,7 +195,7 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
 def _plan(name: str, call: BlockCall, backend: str) -> _Plan:
     """Check the call and choose who computes it."""
     check_block(call)
-    strides = eager_strides(_eager, call.x, (*call.convs, call.shortcut), call.identity)
+    strides = eager_strides(eager, call.x, (*call.convs, call.shortcut), call.identity)
     whole = _whole(name, call, backend)
     return _Plan(whole or (lambda now: run_chain(now, lambda c: conv_bn_act.compute(c, backend))), strides)
 
@@ -247,7 +247,7 @@ def one_kernel(name: str, call: BlockCall, backend: str) -> bool:
     return backends.check_name(backend) == "cuda" and backends.refusal(name, backend, call) is None
 
 
-def _eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:
+def eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:
     *main, shortcut = convs
     return run_chain(BlockCall(x, tuple(c for c in main if c is not None), shortcut, addend), reference.outline)
 

@@ -15,14 +15,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import backends
-from resnet_fused.ops import arena, block
+from resnet_fused.ops import arena, block, cpu_plan, triton_launch
 from resnet_fused.ops.arena import Arena, Interval, Place
 from resnet_fused.ops.block import BlockCall
 from resnet_fused.ops.conv_bn_act import api as conv_bn_act
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, Shape, check_call, output_shape
+from resnet_fused.ops.layout import eager_strides, with_strides
 from resnet_fused.ops.max_pool.types import PoolCall, pool_size
 from resnet_fused.tuning import lookup
 
@@ -124,10 +126,11 @@ class DevicePlan:
         x: such an input. It is read where it lies when it is channels_last, else copied into the arena.
         backend: as in ``resnet_fused.functional``.
         head: makes a new tensor from the last node's result.
+        strides: without a head, the strides of the result; channels_last unless given.
         graph: capture a CUDA graph at the first call on a stream, and replay it then and later.
 
     Raises:
-        Unplannable: the result would be empty.
+        ValueError, TypeError: a node does not take its input.
     """
 
     def __init__(
@@ -137,9 +140,11 @@ class DevicePlan:
         backend: str,
         head: Callable[[Tensor], Tensor] | None = None,
         *,
+        strides: tuple[int, ...] | None = None,
         graph: bool = False,
     ) -> None:
         self.device, self.dtype = x.device, x.dtype
+        self._strides = strides
         self._head, self._captures = head, graph
         copies = graph or not x.is_contiguous(memory_format=torch.channels_last)
         like = torch.empty_like(x, memory_format=torch.channels_last) if copies else x
@@ -191,7 +196,9 @@ class DevicePlan:
         for step in bound.steps:
             step(stream, values)
         result: Tensor = values[self._last]
-        return result if self._head is None else self._head(result)
+        if self._head is not None:
+            return self._head(result)
+        return result if self._strides is None else with_strides(result, self._strides)
 
     def _graph(self, place: Place, x: Tensor) -> _Graph:
         graphs = place.graphs
@@ -313,8 +320,60 @@ def _letting_go(numbers: list[int]) -> Callable[[int, list[Any]], None]:
     return let_go
 
 
-class Unplannable(Exception):
-    """Why a network has no plan for this input; the ordinary path computes it."""
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def serves(x: Tensor, backend: str) -> bool:
+    """Whether plans of launches are for such an input at all; Triton's interpreter stands in for a GPU where it is asked
+    for. Nobody may want to be told of each launch."""
+    if not x.is_cuda and (backend != backends.Backend.TRITON or not backends.interpreting()):
+        return False
+    return x.dtype in _DTYPES and not triton_launch.watched()
+
+
+def switches() -> tuple[Any, ...]:
+    """What of PyTorch decides who computes an op on a GPU, and how."""
+    cudnn: Any = torch.backends.cudnn
+    return (
+        cudnn.conv.fp32_precision, cudnn.enabled, cudnn.benchmark, cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+
+
+def make(
+    steps: Sequence[cpu_plan.Step], x: Tensor, backend: str, channels_last: bool, *, graph: bool = False
+) -> DevicePlan | None:
+    """A plan for inputs like ``x``; None where its feature maps would not be channels_last.
+
+    Args:
+        backend, channels_last: of the module which the steps are from.
+        graph: see :class:`DevicePlan`.
+
+    Raises:
+        ValueError, TypeError: a step does not take its input.
+    """
+    dense = x.is_contiguous(memory_format=torch.channels_last)
+    if not dense and not channels_last:
+        return None
+    nodes: list[Node] = []
+    for at, step in enumerate(steps):
+        if isinstance(step, cpu_plan.Conv):
+            nodes.append(Conv(at, None, at + 1, step.conv, "relu"))
+        elif isinstance(step, cpu_plan.MaxPool):
+            nodes.append(Pool(at, at + 1, *step))
+        elif isinstance(step, cpu_plan.Residual):
+            nodes.append(Block(at, at + 1, step.name, step.convs, step.shortcut))
+    if isinstance(steps[-1], cpu_plan.Mean):
+        return DevicePlan(nodes, x, backend, _mean, graph=graph)
+    (step,) = steps  # a block alone, whose result has eager's strides
+    assert isinstance(step, cpu_plan.Residual)
+    like = x if dense else torch.empty_like(x, memory_format=torch.channels_last)
+    strides = eager_strides(block.eager, like, (*step.convs, step.shortcut), None)
+    return DevicePlan(nodes, x, backend, strides=strides)
+
+
+def _mean(y: Tensor) -> Tensor:
+    return torch.flatten(F.adaptive_avg_pool2d(y, 1), 1)
 
 
 def _resolved(nodes: Sequence[Node], x: Tensor, backend: str) -> tuple[list[Step], list[Shape]]:
@@ -340,7 +399,7 @@ def _step(node: Node, shapes: dict[int, Shape], x: Tensor, backend: str, server:
     """The node with who computes it; its result's shape goes to ``shapes``."""
     shape = shapes[node.out] = node.shape(shapes[node.x])
     if min(shape) < 1:
-        raise Unplannable("an image or a batch is too small")
+        raise ValueError(f"x: got an image too small, a step gives {shape}")
     call: Any = node.call(_blank(node, shapes, x))
     if isinstance(node, Pool):
         if backend in (backends.AUTO, backends.Backend.TRITON) and backends.refusal("max_pool", "triton", call) is None:

@@ -62,6 +62,13 @@ class _Entry(NamedTuple):
     value: Any
 
 
+class Ticket(NamedTuple):
+    """One entry of the cache: see :meth:`TensorCache.ticket`."""
+
+    key: Key
+    entry: _Entry
+
+
 class TensorCache:
     """Maps a kind of value, the tensors that it is derived from and what else decides it to the value.
 
@@ -105,6 +112,27 @@ class TensorCache:
         if self._find(key, facts) is not None:
             return True
         self._keep(key, facts, Glance(tensors), True, tensors)
+        return False
+
+    def ticket(self, kind: Hashable, tensors: Tensors) -> Ticket | None:
+        """What stands for the tensors as they are now, for :meth:`holds`; None for some of which nothing can be told."""
+        facts = _facts(tensors)
+        if facts is None:
+            return None
+        key = _key(kind, tensors, None, facts)
+        self._keep(key, facts, Watch(tensors), True, tensors)
+        entry = self._entries.get(key)
+        return None if entry is None else Ticket(key, entry)
+
+    def holds(self, ticket: Ticket) -> bool:
+        """Whether the tensors of a ticket are as they were, as far as rules 2 to 4 tell. Rule 1 is the caller's: they
+        must be at the same addresses when this is asked."""
+        key, entry = ticket
+        if self._entries.get(key) is not entry or entry.step not in (None, _last_step):
+            return False
+        if entry.look.unchanged():
+            return True
+        self._forget(key)
         return False
 
     def drop(self, tensors: Iterable[Tensor | None]) -> None:
