@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from stand_in_cuda import StandIn, on_gpu
 
 import resnet_fused as rf
-from resnet_fused.modules import gpu_plan
+from resnet_fused.modules import network_plan
 from resnet_fused.ops import arena, packed, triton_launch
 from resnet_fused.ops.device_plan import DevicePlan
 from resnet_fused.ops.triton_launch import Launch
@@ -79,8 +79,8 @@ def check(stand_in: StandIn, name: str, model: nn.Module, x: Tensor) -> None:
         with patches[0]:
             fused(x)
         launches = list(bound)
-        (kept,) = gpu_plan._plans[fused].values()
-        assert isinstance(kept.plan, DevicePlan), f"{name} has no plan"
+        (plan,) = fused._rf_state.plans.guard._plans.values()
+        assert isinstance(plan, DevicePlan), f"{name} has no plan"
         # Each bound launch gives the driver the very bytes that kernel[grid](...) gives it.
         for launch, again in launches:
             ordinary = stand_in.record(launch)
@@ -90,13 +90,13 @@ def check(stand_in: StandIn, name: str, model: nn.Module, x: Tensor) -> None:
         assert stand_in.launches() - before == len(launches), name
         assert one == b"".join(stand_in.record(lambda again=again: again(0)) for _, again in launches)
         with Operations() as operations:
-            kept.plan(x)
+            plan(x)
         head = ["aten.adaptive_avg_pool2d.default", "aten.flatten.using_ints", "aten.mean.dim", "aten.view.default",
                 "aten.copy_.default"]  # fmt: skip
         assert set(operations.seen) <= set(head) and len(operations.seen) <= 4, operations.seen
         # The ordinary path launches the same, but for the pool.
-        features = mock.patch.object(gpu_plan, "features", lambda *_: None)
-        with features, patches[1]:
+        without = mock.patch.object(network_plan, "run", lambda *_: None)
+        with without, patches[1]:
             fused(x)
         ours = [plain(launch) for launch, _ in launches if launch.kernel.fn.__name__ != "max_pool_kernel"]
         theirs = [plain(launch) for launch in called]
@@ -128,17 +128,15 @@ def streams(stand_in: StandIn, model: nn.Module, x: Tensor) -> None:
     """What is launched goes to the stream that is current at the call, with the memory of that stream."""
     fused = rf.fuse(model)
     current = [0]
-    with on_gpu(), packed.at_once(), torch.inference_mode():
-        with mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: current[0]):
-            fused(x)
-            on = []
-            for current[0] in (0, 77, 0):
-                log = stand_in.record(lambda: fused(x))
-                size = 256 + 9 * 8
-                on.append(int.from_bytes(log[256 + 6 * 8 : 256 + 7 * 8], "little"))
-                assert len(log) > size
-            assert on == [0, 77, 0]
-            assert len({place._arena.memory.data_ptr() for place in arena._local.places.values()}) == 2
+    of_now = mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: current[0], create=True)
+    with on_gpu(), of_now, packed.at_once(), torch.inference_mode():
+        fused(x)
+        on = []
+        for current[0] in (0, 77, 0):
+            log = stand_in.record(lambda: fused(x))
+            on.append(int.from_bytes(log[256 + 6 * 8 : 256 + 7 * 8], "little"))
+        assert on == [0, 77, 0]
+        assert len({place._arena.memory.data_ptr() for place in arena._local.places.values()}) == 2
     print("streams: 2")
 
 

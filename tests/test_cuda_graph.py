@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import resnet_fused as rf
 from resnet_fused import backends
-from resnet_fused.modules import gpu_plan
+from resnet_fused.modules import network_plan
 from resnet_fused.ops import arena, device_plan
 from resnet_fused.ops.device_plan import DevicePlan
 
@@ -84,10 +84,12 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     for name, value in told.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: current[0], raising=False)
-    monkeypatch.setattr(
-        torch, "empty", lambda *a, device=None, **o: empty(*a, device=None if device == GPU else device, **o)
-    )
-    monkeypatch.setattr(gpu_plan, "DevicePlan", OnGPU)
+
+    def here(*args: Any, device: Any = None, **options: Any) -> Tensor:
+        return empty(*args, device=None if device == GPU else device, **options)
+
+    monkeypatch.setattr(torch, "empty", here)
+    monkeypatch.setattr(device_plan, "DevicePlan", OnGPU)
     monkeypatch.setattr(DevicePlan, "_launch", launch)
     Graph.captured = []
     arena.clear()
@@ -101,7 +103,7 @@ def graphed(kind: str = "basic", **options: Any) -> nn.Module:
 
 def block_by_block(model: nn.Module, x: Tensor) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_plan, "features", lambda *_: None)
+        patch.setattr(network_plan, "run", lambda *_: None)
         return model(x)
 
 

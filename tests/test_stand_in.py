@@ -1,4 +1,4 @@
-"""Plans through Triton's own launcher, up to a stand-in for the CUDA driver; and what the host's time is measured by."""
+"""Plans through Triton's own launcher, up to a stand-in for the CUDA driver; and the tool that times the host."""
 
 from __future__ import annotations
 

@@ -127,9 +127,9 @@ class FusedState:
 
     recompute is what training computes again in the backward pass instead of keeping it: None, "activations" or
     "last_conv". channels_last: whether feature maps become that where norms use given statistics (parts.feature_map).
-    matched are the functions of the class that spec was read from, None where the class is ours. cuda_graph: whether the
-    plan of a whole network is replayed from a CUDA graph. plans are what ``network_plan`` prepared for this module; no
-    copy has them.
+    matched are the functions of the class that spec was read from, None where the class is ours. cuda_graph: whether
+    the plan of a whole network is replayed from a CUDA graph. plans are what ``network_plan`` prepared for this module;
+    no copy has them.
     """
 
     spec: BlockSpec

@@ -324,8 +324,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def serves(x: Tensor, backend: str) -> bool:
-    """Whether plans of launches are for such an input at all; Triton's interpreter stands in for a GPU where it is asked
-    for. Nobody may want to be told of each launch."""
+    """Whether plans of launches are for such an input, and nobody wants to be told of each launch. Triton's interpreter
+    stands in for a GPU where it is asked for by name."""
     if not x.is_cuda and (backend != backends.Backend.TRITON or not backends.interpreting()):
         return False
     return x.dtype in _DTYPES and not triton_launch.watched()
