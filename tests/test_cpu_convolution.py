@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import resnet_fused as rf
 from resnet_fused import backends
-from resnet_fused.ops import cpu_convolution, workspace
+from resnet_fused.ops import cpu_convolution, packed, workspace
 from resnet_fused.ops.conv_bn_act import api, reference
 from resnet_fused.ops.convbn import ConvBNActCall
 from resnet_fused.ops.cpu_convolution import Convolution, Method
@@ -24,7 +24,7 @@ from resnet_fused.testing.cases import ConvCase, double, in_format
 optional.needs_the_library()
 
 FLOAT, HALF = torch.float32, torch.bfloat16
-DIRECT, WINOGRAD = Method
+DIRECT, WINOGRAD, UNPACKED = Method
 
 # What this CPU can run: method, dtype, instructions.
 _ISAS = {"avx512": ("avx512", "avx2"), "avx2": ("avx2",), "": ()}[cpu_convolution.instructions()]
@@ -87,7 +87,7 @@ def test_cases(way: Way, case: ConvCase) -> None:
 def test_any_size(data: st.DataObject) -> None:
     draw = data.draw
     way = draw(st.sampled_from(WAYS))
-    direct, rounds = way[0] is DIRECT, way[:2] == (WINOGRAD, HALF)
+    direct, rounds = way[0] is not WINOGRAD, way[:2] == (WINOGRAD, HALF)
     size = st.integers(6, 18) if rounds else st.integers(3, 18)
     case = ConvCase(
         n=draw(st.integers(1, 3)),
@@ -138,6 +138,53 @@ def test_reads_and_writes_nothing_beside_its_tensors(way: Way) -> None:
     assert torch.equal(got, run(call, way))
     around = out.as_strided((4, 7, 9, 32), (7 * 9 * 32, 9 * 32, 32, 1), 0)
     assert around[0].isnan().all() and around[-1].isnan().all()
+
+
+FEW = ConvCase(2, 40, 2, 3, 64, kernel=3, stride=2, padding=1, residual=True)  # pixels: filters are read as they lie
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way[0] is UNPACKED], ids=lambda way: way[2])
+@pytest.mark.parametrize("case", [*BOTH[1:4], *DIRECT_ALONE, FEW], ids=ConvCase.id)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_weights_as_they_lie(memory_format: torch.memory_format, case: ConvCase, way: Way) -> None:
+    call = case.make(way[1])
+    call = call._replace(conv=call.conv._replace(weight=call.conv.weight.contiguous(memory_format=memory_format)))
+    assert_right(call, run(call, way))
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way[0] is UNPACKED], ids=lambda way: way[2])
+@pytest.mark.parametrize("case", [BOTH[0], DIRECT_ALONE[1], DIRECT_ALONE[3], FEW], ids=ConvCase.id)
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+def test_weights_as_they_lie_that_are_not_finite(special: float, case: ConvCase, way: Way) -> None:
+    """The kernel says so where padding would meet them: eager does not multiply padding."""
+    call = case.make(way[1])
+    for at in (0, -1):
+        call.conv.weight[at, at, at, at] = special
+        step, out = Convolution(call.conv, UNPACKED), torch.empty_like(reference.run(call))
+        out = out.contiguous(memory_format=torch.channels_last)
+        op = torch.ops.resnet_fused_cpu.conv_bn_act
+        answer = op(call.x, step.packed, step.geometry, call.residual, call.act == "relu", out, way[2])
+        assert answer == (not any(call.conv.padding))
+        call.conv.weight[at, at, at, at] = 1
+
+
+@given(data=st.data())
+def test_batch_norm_as_a_scale_and_an_offset(data: st.DataObject) -> None:
+    draw = data.draw
+    case = ConvCase(1, 1, 1, 1, draw(st.integers(0, 40)), affine=draw(st.booleans()), bias=draw(st.booleans()))
+    conv = case.make(draw(st.sampled_from([FLOAT, HALF, torch.float64])), seed=draw(st.integers(0, 99))).conv
+    conv = conv._replace(running_mean=conv.running_mean.repeat_interleave(2)[::2])
+    found = torch.ops.resnet_fused_cpu.affine(*conv[1:6], conv.eps)
+    for got, want in zip(found, packed.affine(conv, torch.float64), strict=True):
+        torch.testing.assert_close(got, want.float(), rtol=1e-6, atol=1e-7)
+
+
+def test_transformed_filters() -> None:
+    weight = torch.randn(64, 48, 3, 3, generator=torch.Generator().manual_seed(0))
+    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    want = torch.einsum("ai,kcij,bj->kabc", g, weight.double(), g).reshape(2, 32, 16, 48).permute(0, 2, 3, 1).float()
+    for one in (weight, weight.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(torch.ops.resnet_fused_cpu.winograd_filters(one), want)
 
 
 @every_way
@@ -283,6 +330,13 @@ def test_winograd_leaves_unbalanced_input_to_the_direct_sum(way: Way) -> None:
     assert not op(call.x, convolution.packed, convolution.geometry, None, True, out, way[2])
 
 
+def filters_of_one(method: Method, c: int, k: int, dtype: torch.dtype) -> Tensor:
+    """What the library takes for a 3x3 filter of ones."""
+    if method is UNPACKED:
+        return torch.ones(k, c, 3, 3, dtype=dtype)
+    return torch.ones((16 if method is WINOGRAD else 9) * c * k, dtype=dtype)
+
+
 @every_way
 def test_sizes_of_zero(way: Way) -> None:
     """No output channels, no input channels (the sums are zero), no images, no pixels: each as eager has it."""
@@ -291,13 +345,12 @@ def test_sizes_of_zero(way: Way) -> None:
         out = torch.full((n, k, h + 2, h + 2), float("nan"), dtype=dtype).to(memory_format=torch.channels_last)
         x = torch.ones(n, c, h, h, dtype=dtype).to(memory_format=torch.channels_last)
         scale, bias = torch.ones(k), torch.arange(k, dtype=torch.float32) - 3
-        elements = (16 if method is WINOGRAD else 9) * c * k
-        packed = [torch.ones(elements, dtype=dtype), scale, bias]
+        packed = [filters_of_one(method, c, k, dtype), scale, bias]
         geometry = [int(method), 3, 3, 1, 1, 2, 2, 1, 1]
         op = torch.ops.resnet_fused_cpu.conv_bn_act
         if not op(x, packed, geometry, None, False, out, isa):
             geometry[0] = int(DIRECT)
-            assert op(x, [packed[0][: 9 * c * k], scale, bias], geometry, None, False, out, isa)
+            assert op(x, [filters_of_one(DIRECT, c, k, dtype), scale, bias], geometry, None, False, out, isa)
         if c == 0 or h == 0:
             assert torch.equal(out, bias.to(dtype).view(1, k, 1, 1).expand_as(out))
 
@@ -407,7 +460,7 @@ def test_unsound_calls_of_the_kernel_itself_are_refused() -> None:
         for name, arguments in {
             "x: its": (call.x.contiguous(), packed, geometry, None, True, out),
             "x: ": (call.x.double(), packed, geometry, None, True, out),
-            "filters": (call.x, [filters[..., :15], scale, bias], geometry, None, True, out),
+            "filters": (call.x, [filters.flatten()[:15], scale, bias], geometry, None, True, out),
             "out": (call.x, [filters, scale[:16], bias], geometry, None, True, out),
             "bias": (call.x, [filters, scale, bias[:16]], geometry, None, True, out),
             "packed": (call.x, [filters, scale], geometry, None, True, out),

@@ -1,5 +1,8 @@
 #include "conv_bn_act/cpu.h"
 
+#include <cmath>
+#include <cstring>
+
 #include "conv_bn_act/direct.h"
 #include "conv_bn_act/instructions.h"
 #include "conv_bn_act/winograd.h"
@@ -52,10 +55,16 @@ winograd::Problem winograd_problem(const Convolution& conv, const Tensor& x, con
           relu};
 }
 
+direct::Order order_of(const Convolution& conv) {
+  if (conv.method == Method::kDirect) return direct::Order::kPacked;
+  return dense(conv.filters) ? direct::Order::kChannelsLast : direct::Order::kContiguous;
+}
+
 direct::Problem direct_problem(const Convolution& conv, const Tensor& x, const OptionalTensor& residual, bool relu,
                                const Tensor& out) {
   return {x.data_ptr(),
           conv.filters.data_ptr(),
+          order_of(conv),
           pointer<const float>(conv.scale),
           pointer<const float>(conv.bias),
           residual ? residual->data_ptr() : nullptr,
@@ -64,6 +73,20 @@ direct::Problem direct_problem(const Convolution& conv, const Tensor& x, const O
           conv.kernel[0], conv.kernel[1], conv.stride[0], conv.stride[1],
           conv.padding[0], conv.padding[1], conv.dilation[0], conv.dilation[1],
           relu};
+}
+
+void check_residual(const OptionalTensor& residual, ScalarType dtype, const std::vector<int64_t>& want) {
+  if (!residual) return;
+  check_tensor(*residual, "residual", dtype, 4);
+  for (int d = 0; d < 4; ++d) STD_TORCH_CHECK(residual->size(d) == want[d], "residual: got ", shape_text(*residual));
+}
+
+// Of a weight that is not packed.
+void check_weight(const Tensor& weight, ScalarType dtype, const std::array<int64_t, 4>& want) {
+  STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == dtype && weight.dim() == 4, "filters: got ",
+                  shape_text(weight), ", need four dimensions of x's dtype on the CPU");
+  for (int d = 0; d < 4; ++d) STD_TORCH_CHECK(weight.size(d) == want[d], "filters: got ", shape_text(weight));
+  STD_TORCH_CHECK(weight.is_contiguous() || dense(weight), "filters: need a contiguous or channels_last weight");
 }
 
 // Raises what does not fit, naming the argument.
@@ -84,6 +107,11 @@ void check(const Convolution& conv, const Tensor& x, const OptionalTensor& resid
   STD_TORCH_CHECK(out_channels % direct::kPanel == 0, "out: need channels in 32s");
   check_vector(conv.scale, "scale", out_channels);
   check_vector(conv.bias, "bias", out_channels);
+  if (conv.method == Method::kUnpacked) {
+    const Tensor& weight = conv.filters;
+    check_weight(weight, dtype, {out_channels, channels, conv.kernel[0], conv.kernel[1]});
+    return check_residual(residual, dtype, want);
+  }
   int64_t elements = 0;
   if (conv.method == Method::kWinograd) {
     STD_TORCH_CHECK(channels % 16 == 0, "x: need channels in 16s");
@@ -98,10 +126,7 @@ void check(const Convolution& conv, const Tensor& x, const OptionalTensor& resid
   STD_TORCH_CHECK(conv.filters.is_cpu() && conv.filters.scalar_type() == dtype && conv.filters.is_contiguous() &&
                       conv.filters.numel() == elements,
                   "filters: got ", shape_text(conv.filters), ", need ", elements, " elements of x's dtype");
-  if (residual) {
-    check_tensor(*residual, "residual", dtype, 4);
-    for (int d = 0; d < 4; ++d) STD_TORCH_CHECK(residual->size(d) == want[d], "residual: got ", shape_text(*residual));
-  }
+  check_residual(residual, dtype, want);
 }
 
 }  // namespace
@@ -132,46 +157,70 @@ bool convolve(const Convolution& conv, const Tensor& x, const OptionalTensor& re
   if (conv.method == Method::kWinograd) {
     return winograd::convolve(winograd_problem(conv, x, residual, relu, out), bf16, *winograd::kernel(bf16, isa));
   }
-  direct::convolve(direct_problem(conv, x, residual, relu, out), bf16, direct::kernel(bf16, isa));
-  return true;
+  const bool pads = conv.padding != Pair{0, 0};
+  return direct::convolve(direct_problem(conv, x, residual, relu, out), bf16, direct::kernel(bf16, isa)) || !pads;
 }
 
 namespace {
 
-// [K/32, 16, C, 32] from [K, C, 3, 3]: G·g·Gᵀ in float64, rounded once.
+// [K/32, 16, C, 32] from [K, C, 3, 3].
 Tensor winograd_filters(const Tensor& weight) {
   constexpr int64_t kPanel = winograd::kPanel;
   STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Float && weight.dim() == 4 &&
-                      weight.size(2) == 3 && weight.size(3) == 3 && weight.size(0) % kPanel == 0,
-                  "weight: got ", shape_text(weight), ", need float32 [K, C, 3, 3] with K in 32s");
+                      weight.size(1) % 16 == 0 && weight.size(2) == 3 && weight.size(3) == 3 &&
+                      weight.size(0) % kPanel == 0 && (weight.is_contiguous() || dense(weight)),
+                  "weight: got ", shape_text(weight),
+                  ", need float32 [K, C, 3, 3], contiguous or channels_last, with K in 32s and C in 16s");
   const int64_t channels = weight.size(1), panels = weight.size(0) / kPanel;
   const Tensor filters = torch::stable::empty({panels, 16, channels, kPanel}, ScalarType::Float);
-  const float* const from = pointer<const float>(weight);
-  float* const to = pointer<float>(filters);
-  const std::array<int64_t, 4> stride{weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
-  torch::stable::parallel_for(0, panels * channels, 64, [&](int64_t begin, int64_t end) {
+  const winograd::Kernel* const kernel = winograd::kernel(false, "");
+  STD_TORCH_CHECK(kernel, "isa: this CPU lacks AVX2");
+  const int64_t blocks = channels / kernel->lanes;
+  torch::stable::parallel_for(0, panels * blocks, 8, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t panel = item / channels, c = item % channels;
-      for (int64_t lane = 0; lane < kPanel; ++lane) {
-        const int64_t k = panel * kPanel + lane;
-        double t[4][3];
-        for (int64_t j = 0; j < 3; ++j) {
-          double g[3];
-          for (int64_t i = 0; i < 3; ++i) g[i] = from[k * stride[0] + c * stride[1] + i * stride[2] + j * stride[3]];
-          t[0][j] = g[0], t[3][j] = g[2];
-          t[1][j] = 0.5 * (g[0] + g[1] + g[2]), t[2][j] = 0.5 * (g[0] - g[1] + g[2]);
-        }
-        for (int64_t i = 0; i < 4; ++i) {
-          const double u[4] = {t[i][0], 0.5 * (t[i][0] + t[i][1] + t[i][2]), 0.5 * (t[i][0] - t[i][1] + t[i][2]),
-                               t[i][2]};
-          for (int64_t j = 0; j < 4; ++j) {
-            to[((panel * 16 + 4 * i + j) * channels + c) * kPanel + lane] = static_cast<float>(u[j]);
-          }
-        }
-      }
+      kernel->filters(pointer<const float>(weight), !dense(weight), channels, item / blocks,
+                      item % blocks * kernel->lanes, pointer<float>(filters));
     }
   });
   return filters;
+}
+
+double number(const Tensor& t, int64_t i) {
+  const void* const at = t.data_ptr();
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return static_cast<const double*>(at)[i * t.stride(0)];
+    case ScalarType::Float:
+      return static_cast<const float*>(at)[i * t.stride(0)];
+    default: {
+      const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(at)[i * t.stride(0)]) << 16;
+      float value;
+      std::memcpy(&value, &bits, sizeof value);
+      return value;
+    }
+  }
+}
+
+// float32 [2, K]: what batch norm and the convolution's bias multiply the sums with and add to them, found in double.
+Tensor affine(const OptionalTensor& bias, const OptionalTensor& gamma, const OptionalTensor& beta, const Tensor& mean,
+              const Tensor& variance, double eps) {
+  const int64_t channels = mean.dim() == 1 ? mean.size(0) : -1;
+  for (const OptionalTensor& t : {bias, gamma, beta, OptionalTensor(mean), OptionalTensor(variance)}) {
+    if (!t) continue;
+    const ScalarType dtype = t->scalar_type();
+    const bool known = dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16;
+    STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == channels && known, "vectors: got ", shape_text(*t),
+                    ", need [K] of float64, float32 or bfloat16 on the CPU");
+  }
+  const Tensor out = torch::stable::empty({2, channels}, ScalarType::Float);
+  float* const scale = pointer<float>(out);
+  for (int64_t i = 0; i < channels; ++i) {
+    const double factor = (gamma ? number(*gamma, i) : 1.0) / std::sqrt(number(variance, i) + eps);
+    const double offset = ((bias ? number(*bias, i) : 0.0) - number(mean, i)) * factor;
+    scale[i] = static_cast<float>(factor);
+    scale[channels + i] = static_cast<float>(offset + (beta ? number(*beta, i) : 0.0));
+  }
+  return out;
 }
 
 std::string instructions_name(bool bf16) {
@@ -182,6 +231,14 @@ std::string instructions_name(bool bf16) {
 void boxed_filters(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   give(stack, winograd_filters(arguments.tensor()));
+}
+
+void boxed_affine(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const OptionalTensor bias = arguments.optional_tensor(), gamma = arguments.optional_tensor();
+  const OptionalTensor beta = arguments.optional_tensor();
+  const Tensor mean = arguments.tensor(), variance = arguments.tensor();
+  give(stack, affine(bias, gamma, beta, mean, variance, arguments.read<double>()));
 }
 
 void boxed_conv(StableIValue* stack, uint64_t, uint64_t) {
@@ -214,11 +271,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
       "conv_bn_act(Tensor x, Tensor[] packed, int[] geometry, Tensor? residual, bool relu, Tensor(a!) out, str isa='') "
       "-> bool");
   m.def("winograd_filters(Tensor weight) -> Tensor");
+  m.def("affine(Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor variance, float eps) -> Tensor");
   m.def("instructions(bool bf16=False) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
   m.impl("conv_bn_act", &rf::cpu::boxed_conv);
+  m.impl("affine", &rf::cpu::boxed_affine);
   m.impl("winograd_filters", &rf::cpu::boxed_filters);
 }
 

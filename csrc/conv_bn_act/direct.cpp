@@ -1,6 +1,7 @@
 #include "conv_bn_act/direct.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "common/torch.h"
 #include "conv_bn_act/instructions.h"
@@ -26,16 +27,19 @@ Run* kernel(bool bf16, const std::string& isa) {
 #endif
 }
 
-void convolve(const Problem& problem, bool bf16, Run* run) {
+bool convolve(const Problem& problem, bool bf16, Run* run) {
   const int64_t pixels = problem.pixels(), panels = problem.out_channels / kPanel;
-  if (pixels == 0 || panels == 0) return;
+  if (pixels == 0 || panels == 0) return true;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t element = bf16 ? 2 : 4;
   const int64_t filters = problem.depth() * problem.out_channels * element;
   const int64_t image = problem.images * problem.height * problem.width * problem.channels * element;
   // Filters larger than the images are shared out, each thread reading its part once; else the pixels are.
   int64_t shares = filters > image ? std::min(panels, threads) : 1;
-  const int64_t most = filters / shares > kLargeFilters ? kMostPixels : kPixels;
+  // Filters that are not packed are brought into order for every block of pixels.
+  const int64_t most = problem.order != Order::kPacked           ? kMostPixels
+                       : filters / shares > kLargeFilters ? kMostPixels / 2
+                                                          : kPixels;
   int64_t blocks = divide_up(pixels, most);
   if (shares == 1) {
     blocks = std::min(pixels, divide_up(blocks, threads) * threads);
@@ -46,6 +50,7 @@ void convolve(const Problem& problem, bool bf16, Run* run) {
 
   const int64_t room = divide_up(buffer_floats(block, share), 16) * 16;
   const Tensor buffers = torch::stable::empty({room * threads}, ScalarType::Float);
+  std::atomic<bool> finite = true;
   torch::stable::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
     uint32_t thread = 0;
     check(torch_get_thread_idx(&thread), "get_thread_idx");
@@ -53,9 +58,10 @@ void convolve(const Problem& problem, bool bf16, Run* run) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t pixel = item % blocks * block, panel = item / blocks * share;
       const int64_t count = std::min(share, panels - panel);
-      if (count > 0) run(problem, pixel, std::min(block, pixels - pixel), panel, count, buffer);
+      if (count > 0 && !run(problem, pixel, std::min(block, pixels - pixel), panel, count, buffer)) finite = false;
     }
   });
+  return finite;
 }
 
 }  // namespace rf::direct

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace rf::vectors::RF_ISA {
 
@@ -27,6 +28,26 @@ inline Vector load(const float* at) {
 }
 inline void store(float* at, Vector value) { std::memcpy(at, &value, sizeof value); }
 inline Vector zero() { return Vector{}; }
+
+// The lanes of a whose numbers have `bit` change places with those of b that have it not.
+template <int BIT, int... LANE>
+inline void exchange(Vector& a, Vector& b, std::integer_sequence<int, LANE...>) {
+  const Vector first = __builtin_shufflevector(a, b, (LANE & BIT ? kLanes + LANE - BIT : LANE)...);
+  b = __builtin_shufflevector(a, b, (LANE & BIT ? kLanes + LANE : LANE + BIT)...);
+  a = first;
+}
+
+// kLanes vectors of kLanes words of 32 bits as a matrix, transposed.
+template <int BIT = 1>
+inline void transpose(Vector* rows) {
+  if constexpr (BIT < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if ((i & BIT) == 0) exchange<BIT>(rows[i], rows[i | BIT], std::make_integer_sequence<int, kLanes>{});
+    }
+    transpose<BIT * 2>(rows);
+  }
+}
 
 inline float total(Vector value) {
   float lanes[kLanes];
@@ -58,6 +79,17 @@ inline void add_squares(Vector& sum, const Element* at) {
   std::memcpy(&pairs, at, sizeof pairs);
   sum = (Vector)_mm512_dpbf16_ps((__m512)sum, pairs, pairs);
 }
+inline void add_products(Vector& sum, Vector left, Vector right) {
+  sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+}
+// Adds zero times every element of a vector's bytes.
+inline void see(Vector& seen, const Element* at) { seen += (load(at) + load(at + kLanes)) * 0.0f; }
+inline float number(Element element) {
+  const uint32_t bits = static_cast<uint32_t>(element) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
 inline void store(Element* at, Vector value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh((__m512)value));
 }
@@ -69,6 +101,9 @@ inline void add_squares(Vector& sum, const Element* at) {
   const Vector value = load(at);
   sum += value * value;
 }
+inline void add_products(Vector& sum, Vector left, Vector right) { sum += left * right; }
+inline void see(Vector& seen, const Element* at) { seen += load(at) * 0.0f; }
+inline float number(Element element) { return element; }
 #endif
 
 constexpr Index kElements = sizeof(float) / sizeof(Element);  // of a unit

@@ -31,9 +31,17 @@ using Run = bool(const Problem&, int64_t first_tile, int64_t tiles, int64_t firs
 // The sum of the squares of every one of these pixels of x, counted over all images.
 using Energies = void(const Problem&, int64_t first_pixel, int64_t pixels, float* energies);
 
+// Transforms the filters of one panel of output channels and of a vector's worth of input channels from first_channel
+// on: G·g·Gᵀ in double, rounded once. weight is [K, C, 3, 3], contiguous or [K, 3, 3, C]; filters as in Problem, of
+// floats. A kernel for bfloat16 has none.
+using Filters = void(const float* weight, bool contiguous, int64_t channels, int64_t panel, int64_t first_channel,
+                     float* filters);
+
 struct Kernel {
   Run* run;
   Energies* energies;
+  Filters* filters;
+  int64_t lanes;  // floats of a vector
 };
 
 // units: of 32 bits, that the channels of a pixel take.

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "conv_bn_act/vectors.h"
 #include "conv_bn_act/winograd.h"
@@ -223,8 +224,65 @@ void energies(const Problem& p, Index first_pixel, Index pixels, float* energy) 
   }
 }
 
+#if !RF_BF16
+typedef float Half __attribute__((vector_size(RF_LANES * 2)));
+typedef double Doubles __attribute__((vector_size(RF_LANES * 4)));
+
+// G along one axis.
+inline void filter_axis(const Doubles& g0, const Doubles& g1, const Doubles& g2, Doubles* u, int step) {
+  u[0 * step] = g0;
+  u[1 * step] = 0.5 * (g0 + g1 + g2);
+  u[2 * step] = 0.5 * (g0 - g1 + g2);
+  u[3 * step] = g2;
+}
+
+// See winograd.h.
+void transform_filters(const float* weight, bool contiguous, Index channels, Index panel, Index first_channel,
+                       float* filters) {
+  constexpr int kTaps = 9;
+  for (Index k = 0; k < kPanel; k += kLanes) {
+    const float* const from = weight + (panel * kPanel + k) * channels * kTaps;
+    Vector taps[kTaps][kLanes];  // of each input channel, one lane to an output channel
+    for (int part = 0; part < kTaps; ++part) {
+      Vector rows[kLanes];
+      const Index at = contiguous ? first_channel * kTaps + part * kLanes : part * channels + first_channel;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) rows[i] = load(from + i * channels * kTaps + at);
+      transpose(rows);
+      for (int i = 0; i < kLanes; ++i) {
+        const int element = part * kLanes + i;
+        (contiguous ? taps[element % kTaps][element / kTaps] : taps[part][i]) = rows[i];
+      }
+    }
+    for (int c = 0; c < kLanes; ++c) {
+      for (int half = 0; half < kLanes; half += kLanes / 2) {
+        Doubles g[kTaps], t[4][3], u[4];
+        for (int tap = 0; tap < kTaps; ++tap) {
+          Half narrow;
+          std::memcpy(&narrow, reinterpret_cast<const float*>(&taps[tap][c]) + half, sizeof narrow);
+          g[tap] = __builtin_convertvector(narrow, Doubles);
+        }
+        for (int j = 0; j < 3; ++j) filter_axis(g[j], g[3 + j], g[6 + j], &t[0][j], 3);
+        for (int i = 0; i < 4; ++i) {
+          filter_axis(t[i][0], t[i][1], t[i][2], u, 1);
+          for (int j = 0; j < 4; ++j) {
+            const Half rounded = __builtin_convertvector(u[j], Half);
+            float* const to = filters + ((panel * 16 + 4 * i + j) * channels + first_channel + c) * kPanel + k + half;
+            std::memcpy(to, &rounded, sizeof rounded);
+          }
+        }
+      }
+    }
+  }
+}
+#endif
+
 }  // namespace
 
-const Kernel kernel{&run, &energies};
+#if RF_BF16
+const Kernel kernel{&run, &energies, nullptr, kLanes};
+#else
+const Kernel kernel{&run, &energies, &transform_filters, kLanes};
+#endif
 
 }  // namespace rf::winograd::RF_ISA

@@ -26,14 +26,19 @@ _PANEL = 32  # output channels computed together
 # average out over the channels; eager's, the measure of it, is known less well from few outputs.
 _ROUNDED_CHANNELS = 64
 _ROUNDED_OUTPUTS = 16384  # of an image
+_TRANSFORMED = 64  # pixels of the output from which transforming the filters pays, though it is for one call
 _UNITS = 256  # of a sum taken at a time, of 32 bits each; see csrc/conv_bn_act/direct.h
 
 
 class Method(enum.IntEnum):
-    """How a convolution is computed; the numbers are those of csrc/conv_bn_act/cpu.h."""
+    """How a convolution is computed; the numbers are those of csrc/conv_bn_act/cpu.h.
+
+    UNPACKED is the direct sum with the weight as it lies, for weights that may be new at each call.
+    """
 
     DIRECT = 0
     WINOGRAD = 1
+    UNPACKED = 2
 
 
 _KINDS = {method: packed.new_kind() for method in Method}
@@ -41,7 +46,15 @@ _FINITE = packed.new_kind()
 
 
 def refused(x: Tensor, conv: ConvBN) -> str | None:
-    """Why the kernels do not compute ``conv`` of an input like x, or None."""
+    """Why the kernels do not compute ``conv`` of an input like x from packed weights, or None."""
+    reason = refused_unpacked(x, conv)
+    if reason is None and any(conv.padding) and not packed.packed(_FINITE, conv, _finite):
+        reason = "its kernels multiply padding by the weights, as eager does not, and some of these are not finite"
+    return reason
+
+
+def refused_unpacked(x: Tensor, conv: ConvBN) -> str | None:
+    """The same for weights that are not packed: the kernel itself finds those that are not finite."""
     if x.device.type != "cpu":
         return f"its kernels run on the CPU, x is on {x.device}"
     if x.dtype not in (torch.float32, torch.bfloat16):
@@ -53,8 +66,6 @@ def refused(x: Tensor, conv: ConvBN) -> str | None:
         reason = f"its kernels need output channels in multiples of {_PANEL}, got {conv.weight.shape[0]}"
     if reason is None and x.dtype == torch.bfloat16 and not instructions(bf16=True):
         reason = "its bfloat16 kernels need AVX512_BF16, which this CPU lacks"
-    if reason is None and any(conv.padding) and not packed.packed(_FINITE, conv, _finite):
-        reason = "its kernels multiply padding by the weights, as eager does not, and some of these are not finite"
     return reason
 
 
@@ -97,11 +108,14 @@ def method_for(conv: ConvBN, dtype: torch.dtype, shape: tuple[int, ...]) -> Meth
 class Convolution:
     """What the compiled library takes of one convolution with its batch norm: packed weights and geometry.
 
-    It is right as long as the tensors of ``conv`` are not written to; it does not refer to them.
+    It is right as long as the tensors of ``conv`` are not written to; it does not refer to them, but for UNPACKED.
+    keep: whether to take packed weights from the cache, and leave them there.
     """
 
-    def __init__(self, conv: ConvBN, method: Method) -> None:
-        self.packed: list[Tensor] = packed.packed(_KINDS[method], conv, _PREPARE[method])
+    def __init__(self, conv: ConvBN, method: Method, keep: bool = True) -> None:
+        prepare = _PREPARE[method]
+        kept = keep and method != Method.UNPACKED
+        self.packed: list[Tensor] = packed.packed(_KINDS[method], conv, prepare) if kept else prepare(conv)
         self.geometry = [int(method), *conv.weight.shape[2:], *conv.stride, *conv.padding, *conv.dilation]
 
 
@@ -111,19 +125,50 @@ def run(call: ConvBNActCall, method: Method, isa: str = "", out: Tensor | None =
     Where the library refuses Winograd's method, the sum as written is taken, which rounds less for unbalanced input and
     spreads no infinity or NaN. isa: the instructions to use, one of :func:`instructions`; "" for the widest.
     """
-    x, conv, residual, act = call
-    step = Convolution(conv, method)
-    if out is None:
-        out = torch.empty(output_shape(conv, x.shape), dtype=x.dtype, memory_format=torch.channels_last)
+    out = _empty(call) if out is None else out
+    return out if _try(call, Convolution(call.conv, method), isa, out) else run(call, Method.DIRECT, isa, out)
+
+
+def _empty(call: ConvBNActCall) -> Tensor:
+    shape = output_shape(call.conv, call.x.shape)
+    return torch.empty(shape, dtype=call.x.dtype, memory_format=torch.channels_last)
+
+
+def _try(call: ConvBNActCall, step: Convolution, isa: str, out: Tensor) -> bool:
+    """Compute ``out``; False where the library says that the method is not right for the numbers that it saw."""
     op = torch.ops.resnet_fused_cpu.conv_bn_act.default
-    if not op(x, step.packed, step.geometry, residual, act == "relu", out, isa):
-        run(call, Method.DIRECT, isa, out)
-    return out
+    return op(call.x, step.packed, step.geometry, call.residual, call.act == "relu", out, isa)  # type: ignore[no-any-return]
+
+
+def run_unpacked(call: ConvBNActCall) -> Tensor | None:
+    """The call, packing nothing that is kept; None where the kernels do not compute it so.
+
+    Filters are read as they lie, but for Winograd's, which are transformed where an image has many pixels.
+    """
+    x, conv, residual, _ = call
+    if refused_unpacked(x, conv) is not None:
+        return None
+    conv = conv._replace(weight=_rows(conv.weight))
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    call = ConvBNActCall(x.contiguous(memory_format=torch.channels_last), conv, residual, call.act)
+    out = _empty(call)
+    pixels = out.shape[0] * out.shape[2] * out.shape[3]
+    if pixels >= _TRANSFORMED and x.dtype == torch.float32:
+        method = method_for(conv, x.dtype, x.shape)
+        if method == Method.WINOGRAD and _try(call, Convolution(conv, method, keep=False), "", out):
+            return out
+    return out if _try(call, Convolution(conv, Method.UNPACKED), "", out) else None
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """``weight`` with each output channel's filter in one piece."""
+    return weight if weight.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
 
 
 def _prepare_winograd(conv: ConvBN) -> list[Tensor]:
     """Filters as csrc/conv_bn_act/winograd.h wants them."""
-    filters = torch.ops.resnet_fused_cpu.winograd_filters(conv.weight.float())
+    filters = torch.ops.resnet_fused_cpu.winograd_filters(_rows(conv.weight.float()))
     if conv.weight.dtype == torch.bfloat16:  # pairs of channels side by side
         filters = filters.bfloat16().unflatten(2, (-1, 2)).transpose(3, 4).contiguous()
     return [filters, *_affine(conv)]
@@ -143,8 +188,11 @@ def _prepare_direct(conv: ConvBN) -> list[Tensor]:
 
 def _affine(conv: ConvBN) -> tuple[Tensor, Tensor]:
     """What batch norm and the convolution's bias do to the sums, found in float64."""
-    scale, bias = packed.affine(conv, torch.float64)
-    return scale.float(), bias.float()
+    return torch.ops.resnet_fused_cpu.affine(*conv[1:6], conv.eps).unbind()  # type: ignore[no-any-return]
 
 
-_PREPARE = {Method.DIRECT: _prepare_direct, Method.WINOGRAD: _prepare_winograd}
+def _as_it_lies(conv: ConvBN) -> list[Tensor]:
+    return [conv.weight, *_affine(conv)]
+
+
+_PREPARE = {Method.DIRECT: _prepare_direct, Method.WINOGRAD: _prepare_winograd, Method.UNPACKED: _as_it_lies}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import simt_harness
 import torch
-from test_cpu_convolution import BOTH, CASES, DIRECT, FLOAT, WAYS, WINOGRAD, Way, assert_right
+from test_cpu_convolution import BOTH, CASES, DIRECT, FLOAT, WAYS, WINOGRAD, Way, assert_right, filters_of_one
 from torch import Tensor
 
 from resnet_fused.ops.convbn import ConvBNActCall
@@ -58,7 +58,7 @@ def test_sizes_of_zero(sizes: tuple[int, int, int, int], way: Way) -> None:
     method, dtype, isa = way
     x = torch.ones(n, c, h, h, dtype=dtype).to(memory_format=torch.channels_last)
     out = torch.zeros(n, k, h + 2, h + 2, dtype=dtype).to(memory_format=torch.channels_last)
-    filters = torch.ones((9 if method is DIRECT else 16) * c * k, dtype=dtype)
+    filters = filters_of_one(method, c, k, dtype)
     packed, geometry = [filters, torch.ones(k), torch.full((k,), 3.0)], [int(method), 3, 3, 1, 1, 2, 2, 1, 1]
     answer = simt_harness.call("resnet_fused_cpu::conv_bn_act", x, packed, geometry, None, True, out, isa)
     if answer.outs[0] and (c == 0 or h == 0):

@@ -11,7 +11,6 @@ from resnet_fused import backends
 from resnet_fused.ops import library, packed
 from resnet_fused.ops.conv_bn_act import reference, triton_config, unpacked
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, check_call
-from resnet_fused.ops.layout import like_eager
 from resnet_fused.ops.schemas import SCHEMAS
 from resnet_fused.ops.tensor_cache import CACHE
 
@@ -61,17 +60,12 @@ def compute(call: ConvBNActCall, backend: str) -> Tensor:
         return unpacked.run(call)
     module = server(call, backend)
     out: Tensor = module.run(call)
-    return out if module is reference else like_eager(out, _eager, call.x, (call.conv,), call.residual)
+    return out if module is reference else reference.like_eager(out, call)
 
 
 def server(call: ConvBNActCall, backend: str) -> backends.Server:
     """Who computes a sound call."""
     return backends.choose("conv_bn_act", call, backend, candidates(call.x, call.conv))
-
-
-def _eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:
-    assert convs[0] is not None
-    return reference.outline(ConvBNActCall(x, convs[0], addend, "none"))
 
 
 def _call(args: tuple[Any, ...]) -> ConvBNActCall:
@@ -217,7 +211,7 @@ def _autograd(*args: Any) -> Tensor:
     call = _call(args[:-1])
     if args[-1] == backends.AUTO and (_keeps_output(call.conv) or not packed.settled(call.conv.tensors())):
         check_call(call)
-        return unpacked.run(_with_kept_weight(call))
+        return unpacked.differentiable(_with_kept_weight(call))
     return _Function.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.ops import layout
 from resnet_fused.ops.batch_norm_act.call import dense_format
-from resnet_fused.ops.convbn import ConvBNActCall
+from resnet_fused.ops.convbn import ConvBN, ConvBNActCall
 
 
 def supports(call: ConvBNActCall) -> str | None:
@@ -30,3 +31,13 @@ def outline(call: ConvBNActCall) -> Tensor:
     y = F.conv2d(call.x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     y = torch.empty_like(y, memory_format=dense_format(y))  # batch norm
     return y if call.residual is None else y + call.residual
+
+
+def like_eager(out: Tensor, call: ConvBNActCall) -> Tensor:
+    """``out`` with the strides of ``run(call)``, copied only when they differ."""
+    return layout.like_eager(out, _outline, call.x, (call.conv,), call.residual)
+
+
+def _outline(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:
+    assert convs[0] is not None
+    return outline(ConvBNActCall(x, convs[0], addend, "none"))

@@ -1,7 +1,8 @@
-"""conv_bn_act with weights that nobody packed, since they may be new at each call: by operations of aten alone.
+"""conv_bn_act with weights that nobody packed, since they may be new at each call.
 
-It costs what eager costs, also where the input is channels_last and the weight is not: aten then copies the weight at
-each call, which takes longer than convolving a small image.
+On a CPU the compiled library takes the weight as it lies, where it can. Everything else, gradients included, is left to
+operations of aten, also where the input is channels_last and the weight is not: aten then copies the weight at each
+call, which takes longer than convolving a small image.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.ops import cpu_convolution
+from resnet_fused.ops.conv_bn_act import reference
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall
 
 # aten computes smaller inputs of one image by a matrix product itself: ConvParams::use_mkldnn.
@@ -17,7 +20,13 @@ _SMALL = 20480
 
 
 def run(call: ConvBNActCall) -> Tensor:
-    """The call; differentiable, and with eager's strides."""
+    """The call, with eager's strides; below autograd."""
+    out = cpu_convolution.run_unpacked(call)
+    return differentiable(call) if out is None else reference.like_eager(out, call)
+
+
+def differentiable(call: ConvBNActCall) -> Tensor:
+    """The call by operations that autograd records, with eager's strides."""
     conv, residual = call.conv, call.residual
     y = _by_matrix_product(call.x, conv) if _small(call.x, conv) else _convolve(call.x, conv)
     y = F.batch_norm(y, conv.running_mean, conv.running_var, conv.bn_weight, conv.bn_bias, False, 0.0, conv.eps)
