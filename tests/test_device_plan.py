@@ -319,7 +319,7 @@ def test_plans_are_bounded_and_the_least_recently_used_goes(runs):
     model(images(1, 30))
     model(images(1, sizes[0]))
     assert runs[-1] is runs[0], "it was used later than the others"
-    plans = model._rf_state.plans.guard._plans
+    plans = model._rf_state.prepared.network._plans
     assert len(plans) == network_plan.MOST_PLANS and runs[1] not in plans.values()
 
 
@@ -327,7 +327,7 @@ def test_nothing_outlives_the_model_or_its_copies(runs):
     model, x = fused(), images()
     model(x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin._rf_state.plans.guard is None
+        assert twin._rf_state.prepared.network is None
         assert torch.equal(twin(x), model(x))
     plan, weight = weakref.ref(runs[0]), weakref.ref(convs_of(model)[0])
     runs.clear()

@@ -114,7 +114,7 @@ class FusedStem(FusedModule):
 
     def _rf_planned(self, x: Any, names: Sequence[str]) -> Tensor | None:
         """The stem and then the modules of these names, flattened to ``[N, features]``, by one plan; None without one."""
-        return network_plan.run(self, x, names, ("_rf_run_stem", "_rf_run_features"))
+        return network_plan.run(self, x, names)
 
     def _rf_run_features(self, x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
         """The stem and then ``layers``, flattened to ``[N, features]``; large batches on the CPU depth first."""

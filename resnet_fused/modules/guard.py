@@ -20,6 +20,7 @@ from resnet_fused.modules import guards
 from resnet_fused.modules.matched import Matched
 from resnet_fused.modules.spec import BlockSpec, find
 from resnet_fused.ops import library, packed
+from resnet_fused.ops.fingerprint import version_of
 from resnet_fused.ops.tensor_cache import CACHE
 from resnet_fused.tuning import lookup
 
@@ -59,7 +60,7 @@ class Guard:
 
     def __init__(
         self, root: nn.Module, modules: Iterable[nn.Module], names: Sequence[str], tensors: Sequence[Tensor | None],
-        matched: Iterable[Matched | None], kept: Sequence[str],
+        matched: Iterable[Matched | None],
     ) -> None:  # fmt: skip
         """
         Args:
@@ -67,14 +68,13 @@ class Guard:
             names: the attributes of ``root`` through which these are found.
             tensors: what the prepared form is derived from: parameters and buffers of ``modules``.
             matched: the code that bypassed forwards, and that of ``root``, were matched with.
-            kept: names of methods of the class of ``root`` through which the call came.
 
         Raises:
             Unguarded: something of it can change without a trace.
         """
         self._tensors = tuple(t for t in tensors if t is not None)
         ticket = CACHE.ticket(_KIND, self._tensors)  # before anything is read from them
-        if ticket is None:
+        if ticket is None or -1 in map(version_of, self._tensors):
             raise Unguarded("tensors of which nothing tells that they were written")
         self._ticket = ticket
         self._modules = tuple(dict.fromkeys(m for m in modules if m is not root))
@@ -97,7 +97,7 @@ class Guard:
             raise Unguarded("tensors that are no parameters or buffers of the modules")
 
         places = dict.fromkeys((cls, name) for cls in self._types for name in _CALLED)
-        places |= dict.fromkeys((self._root_type, name) for name in (*_CALLED, *names, *kept))
+        places |= dict.fromkeys((self._root_type, name) for name in (*_CALLED, *names))
         places |= dict.fromkeys(pair for module in (root, *self._modules) for pair in _hiding(module))
         if any(getattr(self._root_type, name, None) is not None for name in names):
             raise Unguarded("a submodule that is hidden by an attribute of the class")

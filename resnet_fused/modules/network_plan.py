@@ -31,26 +31,25 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _OPS = {2: "basic_block", 3: "bottleneck"}
 
 
-def run(root: FusedModule, x: Any, names: Sequence[str] = (), kept: Sequence[str] = ()) -> Tensor | None:
+def run(root: FusedModule, x: Any, names: Sequence[str] = ()) -> Tensor | None:
     """What ``root`` computes of ``x`` by a plan; None where there may be none, with nothing done yet.
 
     Args:
         root: a block; or a model with a stem, which then computes ``names`` in turn and flattens.
         names: the attributes of the model that stand behind its stem, the last one an average pool.
-        kept: names of methods of its class that a plan bypasses.
     """
-    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if type(x) is not Tensor or not unobserved(x):
+        return None
+    if x.dim() != 4 or not x.numel():
         return None
     state: FusedState = root._rf_state
-    if x.dim() != 4 or not x.numel() or not unobserved(x):
-        return None
     on_device = device_plan.serves(x, state.backend)
     if not on_device and (x.device.type != "cpu" or x.dtype not in _DTYPES):
         return None
-    plans = state.plans
-    network: _Network | None = plans.guard
+    prepared = state.prepared
+    network: _Network | None = prepared.network
     if network is None or not network.guard.holds(root):
-        network = plans.guard = _attempt(root, x, names, kept)
+        network = prepared.network = _attempt(root, x, names)
         if network is None:
             return None
     plan = network.plan(x, on_device)
@@ -92,19 +91,19 @@ class _Network:
         return plan
 
 
-def _attempt(root: FusedModule, x: Tensor, names: Sequence[str], kept: Sequence[str]) -> _Network | None:
+def _attempt(root: FusedModule, x: Tensor, names: Sequence[str]) -> _Network | None:
     """A new network; None where none may be made, which is not tried again at each of the next calls."""
-    plans = root._rf_state.plans
-    if plans.wait > 0:
-        plans.wait -= 1
+    prepared = root._rf_state.prepared
+    if prepared.wait > 0:
+        prepared.wait -= 1
         return None
-    network = _read(root, x, names, kept)
-    plans.failures = 0 if network is not None else plans.failures + 1
-    plans.wait = min(_MOST_WAITING, max(0, 2 ** min(plans.failures, 8) // 2 - 2))
+    network = _read(root, x, names)
+    prepared.failures = 0 if network is not None else prepared.failures + 1
+    prepared.wait = min(_MOST_WAITING, max(0, 2 ** min(prepared.failures, 8) // 2 - 2))
     return network
 
 
-def _read(root: FusedModule, x: Tensor, names: Sequence[str], kept: Sequence[str]) -> _Network | None:
+def _read(root: FusedModule, x: Tensor, names: Sequence[str]) -> _Network | None:
     state = root._rf_state
     found = _steps(root, x, names)
     if found is None:
@@ -116,7 +115,7 @@ def _read(root: FusedModule, x: Tensor, names: Sequence[str], kept: Sequence[str
     matched = [m.__dict__["_rf_state"].matched for m in (root, *modules) if "_rf_state" in m.__dict__]
     through = tuple(dict.fromkeys((*_own_names(state), *names)))
     try:
-        guard = Guard(root, modules, through, tensors, matched, kept)
+        guard = Guard(root, modules, through, tensors, matched)
     except Unguarded:
         return None
     again = _steps(root, x, names)  # what was read before the guard saw it may have been another's since
