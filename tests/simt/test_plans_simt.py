@@ -36,7 +36,8 @@ def laid_out(call: ConvBNActCall) -> ConvBNActCall:
 
 def launch(op: str, call: list[object], out: Tensor, workspace: Tensor | None, *inputs: int) -> list[Tensor]:
     """The plan's outputs: once, and again after its inputs, which these places of the call name, were negated."""
-    answer = simt_harness.call("plans::launch", op, call, out, workspace, list(inputs))
+    processors = 4 if op == "conv_bn_act" else 2  # as conv_calls and bottleneck_calls have them
+    answer = simt_harness.call("plans::launch", op, call, out, workspace, list(inputs), multiprocessors=processors)
     return list(answer.outs)
 
 
