@@ -34,7 +34,7 @@ SMALL = ("--epochs", "2", "--batch", "4", "--size", "8", "--device", "cpu", "--w
 
 def tiny() -> nn.Module:
     """Two stages with dropout before the head, so that the state of the random generator counts."""
-    model = rf.ResNet(rf.FusedBasicBlock, [1, 1], num_classes=5, planes=(4, 8), small_images=True)
+    model = rf.ResNet(rf.FusedBasicBlock, [1, 1], num_classes=5, planes=(8, 16), small_images=True)
     model.avgpool = nn.Sequential(model.avgpool, nn.Dropout(0.3))
     return model
 
@@ -319,7 +319,7 @@ def test_transfer_replaces_the_head_and_freezes(folder, tmp_path, capsys):
     assert "but fc, which is new" in capsys.readouterr().out
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert weights.keys() == source.state_dict().keys()
-    assert weights["fc.weight"].shape == (3, 8)
+    assert weights["fc.weight"].shape == (3, 16)
     for name, value in source.state_dict().items():
         frozen = name.startswith(("conv1", "bn1", "layer1"))  # their running statistics too
         assert name.startswith("fc") or torch.equal(weights[name], value) == frozen, name
@@ -448,4 +448,4 @@ def in_two_processes(*arguments: object) -> dict:
 
 
 def without_dropout() -> nn.Module:
-    return rf.ResNet(rf.FusedBasicBlock, [1, 1], num_classes=5, planes=(4, 8), small_images=True)
+    return rf.ResNet(rf.FusedBasicBlock, [1, 1], num_classes=5, planes=(8, 16), small_images=True)

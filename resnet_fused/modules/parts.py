@@ -16,6 +16,7 @@ from resnet_fused import backends
 from resnet_fused.modules import guards
 from resnet_fused.modules.guards import BATCH_NORMS
 from resnet_fused.modules.known import FROZEN_NORMS, name_of
+from resnet_fused.ops import packed
 from resnet_fused.ops.batch_norm_act import api as batch_norm_act
 from resnet_fused.ops.batch_norm_act import sync
 from resnet_fused.ops.batch_norm_act.call import BatchNormCall
@@ -87,23 +88,23 @@ def batch_statistics_step(
     return batch_norm_act.call_op(norm_call(y, norm, act, residual), backend)
 
 
-# Where weights are trained, aten copies those that are not channels_last, both forward and backward. From that many
-# elements of weight to one of the image this takes longer than what the format saves (bench/NOTES.md).
-_COPIED = 4
-_SMALL = 20480  # one image up to this size needs no copies: ops/conv_bn_act/unpacked.py
+_SMALL = 20480
 
 
 def feature_map(x: Tensor, convs: Iterable[ConvBN], channels_last: bool) -> Tensor:
     """``x``, ``[N, C, H, W]``, in the memory format in which pairs with given statistics compute: channels_last where
-    that is wanted and pays. Parameters keep theirs."""
+    that is wanted, but while weights are trained on a CPU.
+
+    There aten would copy each weight that is not channels_last, forward and backward, which takes what the format
+    saves, but of one small image (ops/conv_bn_act/unpacked.py).
+    """
     if not channels_last or x.dim() != 4:
         return x
-    eager = torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if eager and (x.shape[0] > 1 or x.numel() > _SMALL):
-        trained = [c.weight for c in convs if c.weight.requires_grad]
-        copied = sum(w.numel() for w in trained if not w.is_contiguous(memory_format=torch.channels_last))
-        if copied > _COPIED * x.numel():
-            return x.contiguous()
+    recorded = torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if recorded and (x.shape[0] > 1 or x.numel() > _SMALL):
+        trained = [t for conv in convs if conv.weight.requires_grad for t in (conv.weight, conv.running_var)]
+        if trained and not packed.settled(trained):  # a key of its own, so that the ops ask anew
+            return x
     return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -50,8 +50,11 @@ def at_once() -> Iterator[None]:
 
 def settled(tensors: Tensors) -> bool:
     """Whether to pack what ``backend="auto"`` computes with: once these weights were seen to stay from one call to the
-    next. Packing weights that are new at each call would cost more than it saves."""
-    return _at_once > 0 or CACHE.settled(tensors)
+    next. Packing weights that are new at each call would cost more than it saves.
+
+    Deterministic algorithms pack at once: an answer must not depend on the calls before it.
+    """
+    return _at_once > 0 or torch.are_deterministic_algorithms_enabled() or CACHE.settled(tensors)
 
 
 def fold(conv: ConvBN) -> tuple[Tensor, Tensor]:
