@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from resnet_fused.modules import guards
 from resnet_fused.modules.matched import Matched
 from resnet_fused.modules.spec import BlockSpec, find
-from resnet_fused.ops import library, packed
-from resnet_fused.ops.fingerprint import version_of
+from resnet_fused.ops import fingerprint, library, packed
 from resnet_fused.ops.tensor_cache import CACHE
 from resnet_fused.tuning import lookup
 
@@ -43,7 +42,7 @@ _PLAIN_TYPES = frozenset((Tensor, nn.Parameter))
 
 _entries = operator.attrgetter("__dict__")
 _code = operator.attrgetter("__code__")
-_facts = operator.attrgetter("_version", "shape", "dtype")
+_version = operator.attrgetter("_version")
 _refusal = operator.methodcaller("refusal")
 
 
@@ -74,7 +73,7 @@ class Guard:
         """
         self._tensors = tuple(t for t in tensors if t is not None)
         ticket = CACHE.ticket(_KIND, self._tensors)  # before anything is read from them
-        if ticket is None or -1 in map(version_of, self._tensors):
+        if ticket is None or -1 in map(fingerprint.version_of, self._tensors):
             raise Unguarded("tensors of which nothing tells that they were written")
         self._ticket = ticket
         self._modules = tuple(dict.fromkeys(m for m in modules if m is not root))
@@ -107,9 +106,8 @@ class Guard:
         self._codes = tuple(map(_code, self._functions))
         self._matched = tuple(dict.fromkeys(m for m in matched if m is not None))
 
-        self._seen = list(map(_facts, self._tensors))
-        self._addresses = list(map(Tensor.data_ptr, self._tensors))
-        self._strides = list(map(Tensor.stride, self._tensors))
+        self._versions = list(map(_version, self._tensors))
+        self._facts = fingerprint.facts(self._tensors)
         if not self.holds(root):
             raise Unguarded("something changed meanwhile")
 
@@ -129,9 +127,8 @@ class Guard:
                 and all(map(same, map(getattr, self._classes, self._attributes, repeat(None)), self._found))
                 and all(map(same, map(_code, self._functions), self._codes))
                 and _PLAIN_TYPES.issuperset(map(type, self._tensors))
-                and list(map(_facts, self._tensors)) == self._seen
-                and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
-                and list(map(Tensor.stride, self._tensors)) == self._strides
+                and list(map(_version, self._tensors)) == self._versions
+                and fingerprint.facts_hold(self._facts, self._tensors)
                 and not any(map(_refusal, self._matched))
                 and CACHE.holds(self._ticket)
             )

@@ -92,7 +92,7 @@ def make(steps: Sequence[Step], x: Tensor, backend: str, channels_last: bool) ->
         elif not _serves(step, now, backend):
             return None
         elif isinstance(step, Conv):
-            now = _like(output_shape(step.conv, now.shape), eager_strides(_conv, now, (step.conv,), None), x)
+            now = _like(output_shape(step.conv, now.shape), eager_strides(reference.eager, now, (step.conv,), None), x)
         else:
             strides = eager_strides(block.eager, now, (*step.convs, step.shortcut), None)
             shape = tuple(now.shape)
@@ -104,11 +104,6 @@ def make(steps: Sequence[Step], x: Tensor, backend: str, channels_last: bool) ->
 
 def _like(shape: Shape, strides: Shape, x: Tensor) -> Tensor:
     return torch.empty_strided(shape, strides, dtype=x.dtype)
-
-
-def _conv(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:
-    assert convs[0] is not None
-    return reference.outline(ConvBNActCall(x, convs[0], addend, "none"))
 
 
 def _serves(step: Conv | Residual, x: Tensor, backend: str) -> bool:
