@@ -61,11 +61,9 @@ def _bind(launch: Launch) -> Bound:
     x, y, z = (*grid, 1, 1)[:3]
     launcher, base = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
     found = _recorded(launcher, compiled, (x, y, z, 0, *base, *values))
-    if found is None:
-        values = _addresses(values)
-        return lambda stream, values=None: launcher(x, y, z, stream, *base, *values)
-    function, rest = found
-    return lambda stream, values=None: function(x, y, z, stream, *rest)
+    function, rest = found or (launcher, (*base, *_addresses(values)))
+    # compiled: the function is unloaded with it
+    return lambda stream, values=None, compiled=compiled: function(x, y, z, stream, *rest)
 
 
 def _recorded(launcher: Any, compiled: Any, call: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]] | None:
