@@ -45,27 +45,28 @@ Range inside(int64_t first, int64_t size) {
   return {std::clamp<int64_t>(first, 0, size), std::clamp<int64_t>(first + 4, 0, size)};
 }
 
-// One row of tiles, counted over all images.
+// One row of tiles, counted over all images. sum and peak are memory for the columns, with the border around them.
 Found look_at_row(const Problem& p, const float* energies, int64_t row, std::vector<float>& sum,
                   std::vector<float>& peak) {
-  sum.assign(p.width, 0.0f), peak.assign(p.width, 0.0f);
+  const int64_t columns = std::max(2 * across(p) + 2, p.width + p.pad_width);
+  sum.assign(columns, 0.0f), peak.assign(columns, 0.0f);
+  float* const sums = sum.data() + p.pad_width;
+  float* const peaks = peak.data() + p.pad_width;
   const Range rows = inside(row % down(p) * 2 - p.pad_height, p.height);
   for (int64_t y = rows.begin; y < rows.end; ++y) {
     const float* const at = energies + (row / down(p) * p.height + y) * p.width;
     for (int64_t x = 0; x < p.width; ++x) {
-      sum[x] += at[x];
-      peak[x] = std::max(peak[x], at[x]);
+      sums[x] += at[x];
+      peaks[x] = std::max(peaks[x], at[x]);
     }
   }
   Found found;
   found.tile = row * across(p);
   for (int64_t i = 0; i < across(p); ++i) {
-    const Range columns = inside(i * 2 - p.pad_width, p.width);
-    float energy = 0, most = 0;
-    for (int64_t x = columns.begin; x < columns.end; ++x) {
-      energy += sum[x];
-      most = std::max(most, peak[x]);
-    }
+    const float* const s = sum.data() + 2 * i;
+    const float* const m = peak.data() + 2 * i;
+    const float energy = s[0] + s[1] + s[2] + s[3];
+    const float most = std::max(std::max(m[0], m[1]), std::max(m[2], m[3]));
     found.known &= energy <= kMostEnergy;
     if (energy > found.largest) found.largest = energy, found.tile = row * across(p) + i;
     if (most > kPixelShare * energy) found.uneven = std::max(found.uneven, energy);

@@ -209,7 +209,7 @@ bool run(const Problem& p, Index first_tile, Index tiles, Index first_panel, Ind
 
 void energies(const Problem& p, Index first_pixel, Index pixels, float* energy) {
   const Element* x = static_cast<const Element*>(p.x) + first_pixel * p.channels;
-  for (Index i = 0; i < pixels; ++i, x += p.channels) {
+  const auto next = [&] {  // of one pixel, not yet added up across the lanes
     Vector sum[2] = {zero(), zero()};
     Index c = 0;
     for (; c + 2 * kStep <= p.channels; c += 2 * kStep) {
@@ -220,8 +220,20 @@ void energies(const Problem& p, Index first_pixel, Index pixels, float* energy) 
       const Vector value = load(x + c);
       sum[0] += value * value;
     }
-    energy[i] = total(sum[0] + sum[1]);
+    x += p.channels;
+    return sum[0] + sum[1];
+  };
+  Index i = 0;
+  for (; i + kLanes <= pixels; i += kLanes) {
+    Vector rows[kLanes];
+    for (int r = 0; r < kLanes; ++r) rows[r] = next();
+    transpose(rows);
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int r = 0; r < half; ++r) rows[r] += rows[r + half];
+    }
+    store(energy + i, rows[0]);
   }
+  for (; i < pixels; ++i) energy[i] = total(next());
 }
 
 #if !RF_BF16
