@@ -79,7 +79,7 @@ def check(stand_in: StandIn, name: str, model: nn.Module, x: Tensor) -> None:
         with patches[0]:
             fused(x)
         launches = list(bound)
-        (plan,) = fused._rf_state.prepared.network._plans.values()
+        (plan,) = fused._rf_state.prepared.network.guard.kept.values()
         assert isinstance(plan, DevicePlan), f"{name} has no plan"
         # Each bound launch gives the driver the very bytes that kernel[grid](...) gives it.
         for launch, again in launches:

@@ -319,7 +319,7 @@ def test_plans_are_bounded_and_the_least_recently_used_goes(runs):
     model(images(1, 30))
     model(images(1, sizes[0]))
     assert runs[-1] is runs[0], "it was used later than the others"
-    plans = model._rf_state.prepared.network._plans
+    plans = model._rf_state.prepared.network.guard.kept
     assert len(plans) == network_plan.MOST_PLANS and runs[1] not in plans.values()
 
 

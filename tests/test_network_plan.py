@@ -139,7 +139,7 @@ def test_plans_are_bounded() -> None:
         for size in range(16, 16 + 2 * network_plan.MOST_PLANS):
             for _ in range(2):
                 model(images(1, size))
-        assert len(model._rf_state.prepared.network._plans) == network_plan.MOST_PLANS
+        assert len(model._rf_state.prepared.network.guard.kept) == network_plan.MOST_PLANS
 
 
 def test_a_plan_goes_with_its_model() -> None:
@@ -262,7 +262,7 @@ CHANGES: dict[str, Change] = {
     "model trains": lambda m: m.train(),
     "norm": lambda m: _set(m.layer1[0], "bn1", randomise_norms(nn.Sequential(nn.BatchNorm2d(32)), 7)[0].eval()),
     "conv": lambda m: _set(m.layer1[0], "conv1", nn.Conv2d(32, 32, 1)),
-    "relu": lambda m: _set(m.layer1[0], "relu", nn.ReLU6()),
+    "relu": lambda m: _set(m.layer1[0], "relu", nn.Hardswish()),
     "class of a relu": lambda m: _set(m.layer1[0].relu, "__class__", nn.Hardswish),
     "pool": lambda m: _set(m.maxpool, "kernel_size", 2),
     "last pool": lambda m: _set(m, "avgpool", nn.AdaptiveMaxPool2d(1)),
@@ -296,7 +296,7 @@ def _step(model: nn.Module) -> None:
 def as_eager(model: nn.Module, x: Tensor) -> None:
     """Compared with the same objects' own module calls: by a mode that looks on, nothing is bypassed."""
     x = x.to(next(model.parameters()).dtype)
-    state = copy.deepcopy(model.state_dict())  # of norms that train
+    state = copy.deepcopy(dict(model.named_buffers()))  # of norms that train
     found: list[Any] = []
     for look in (contextlib.nullcontext, lambda: Sees([])):
         try:
@@ -305,13 +305,13 @@ def as_eager(model: nn.Module, x: Tensor) -> None:
         except (RuntimeError, ValueError, TypeError) as error:
             found.append(type(error))
         with torch.no_grad():
-            for name, tensor in model.state_dict().items():
+            for name, tensor in model.named_buffers():
                 tensor.copy_(state[name])
     if isinstance(found[1], Tensor):
         assert isinstance(found[0], Tensor), found
         torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4 * max(1.0, float(found[1].abs().max())))
     else:
-        assert found[0] is found[1]
+        assert not isinstance(found[0], Tensor), found  # both refuse it, ours perhaps in other words
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -325,7 +325,7 @@ def test_a_change_is_seen(change: str) -> None:
     assert change == "mean by numpy" or not guard.holds(model) or planned(model) is False
     for _ in range(3):
         as_eager(model, x)
-    if change not in ("format", "weight turned"):
+    if change not in ("format", "double", "name hidden", "stage hidden"):  # those change no number
         with contextlib.suppress(RuntimeError, ValueError), torch.no_grad():
             assert not torch.allclose(model(x.to(next(model.parameters()).dtype)).float(), before, rtol=1e-4)
 

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             fused(x)
             launches = stand_in.launches() - before
             rows["fused, plan and guard"] = measure(lambda: fused(x), *rounds)
-            (plan,) = fused._rf_state.prepared.network._plans.values()
+            (plan,) = fused._rf_state.prepared.network.guard.kept.values()
             rows["fused, plan alone"] = measure(lambda: plan(x), *rounds)
             behind = operations(lambda: plan(x))
     print(f"{options.model}, float16, batch {options.batch}, {options.size} pixels; torch {torch.__version__}")

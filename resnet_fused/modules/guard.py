@@ -54,7 +54,8 @@ def unobserved(x: Any) -> bool:
 class Guard:
     """All that decides what ``root`` computes between ``tensors``, as it was when this was made.
 
-    It holds the modules below ``root`` and their tensors, not ``root``: it is to be kept by that.
+    It holds the modules below ``root`` and their tensors, not ``root``: it is to be kept by that. ``kept`` is for what
+    was prepared: it is emptied as soon as that is known to be of no use.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class Guard:
         Raises:
             Unguarded: something of it can change without a trace.
         """
+        self.kept: dict[Any, Any] = {}
         self._tensors = tuple(t for t in tensors if t is not None)
-        ticket = CACHE.ticket(_KIND, self._tensors)  # before anything is read from them
+        ticket = CACHE.ticket(_KIND, self._tensors, self._release)  # before anything is read from them
         if ticket is None or -1 in map(fingerprint.version_of, self._tensors):
             raise Unguarded("tensors of which nothing tells that they were written")
         self._ticket = ticket
@@ -110,6 +112,10 @@ class Guard:
         self._facts = fingerprint.facts(self._tensors)
         if not self.holds(root):
             raise Unguarded("something changed meanwhile")
+
+    def _release(self) -> None:
+        self.kept.clear()
+        self._facts = []
 
     def holds(self, root: nn.Module) -> bool:
         """Whether all of it is as it was. ``root`` is the module that this was made of, or nothing is."""

@@ -26,8 +26,11 @@ from resnet_fused.ops.device_plan import DevicePlan
 
 MOST_PLANS = 8  # of one network, for as many shapes; the least recently used goes
 _MOST_WAITING = 32  # calls between two attempts where one after the other failed
+_BLOCK = f"{__package__}.block"
 _DTYPES = (torch.float32, torch.bfloat16)
 
+_ASKER = packed.new_kind()
+_MISSING: Any = object()
 _OPS = {2: "basic_block", 3: "bottleneck"}
 
 
@@ -63,7 +66,6 @@ class _Network:
         self.guard, self._steps = guard, steps
         self._backend, self._channels_last = state.backend, state.channels_last
         self._graph = state.cuda_graph and whole
-        self._plans: dict[Any, CpuPlan | DevicePlan | None] = {}
 
     def plan(self, x: Tensor, on_device: bool) -> CpuPlan | DevicePlan | None:
         """The plan for inputs like ``x``; None where there is none for all of it.
@@ -71,12 +73,12 @@ class _Network:
         Args:
             on_device: by launches, as on a GPU.
         """
-        plans = self._plans
+        plans = self.guard.kept
         key: tuple[Any, ...] = (x.shape, x.stride(), x.dtype, x.device)
         # Each number of threads has its own tuning table.
         key += device_plan.switches() if on_device else (torch.get_num_threads(), torch._C._get_mkldnn_enabled())
-        if key in plans:
-            plan = plans[key]
+        plan: CpuPlan | DevicePlan | None = plans.get(key, _MISSING)
+        if plan is not _MISSING:
             if len(plans) >= MOST_PLANS:
                 plans[key] = plans.pop(key, plan)  # the latest last
             return plan
@@ -86,7 +88,7 @@ class _Network:
         except (ValueError, TypeError, backends.BackendError):
             plan = None  # the modules' own calls say what is wrong
         while len(plans) >= MOST_PLANS:
-            plans.pop(next(iter(plans)), None)
+            plans.pop(next(iter(plans.copy()), None), None)
         plans[key] = plan
         return plan
 
@@ -110,7 +112,7 @@ def _read(root: FusedModule, x: Tensor, names: Sequence[str]) -> _Network | None
         return None
     steps, modules = found
     tensors = [tensor for conv in cpu_plan.convs_of(steps) for tensor in conv[:6]]
-    if state.backend == backends.AUTO and not packed.settled(tensors):
+    if state.backend == backends.AUTO and not packed.settled(tensors, _ASKER):
         return None
     matched = [m.__dict__["_rf_state"].matched for m in (root, *modules) if "_rf_state" in m.__dict__]
     through = tuple(dict.fromkeys((*_own_names(state), *names)))
@@ -149,7 +151,7 @@ def _steps(root: Any, x: Tensor, names: Sequence[str]) -> tuple[tuple[Step, ...]
     modules += layers
     for module in [module for layer in layers for module in _in_turn(layer)]:
         if isinstance(module, FusedModule):
-            step = None if guards.touched(module) else _block(module, x)
+            step = _block(module, x) if _called_as_ours(module) else None
             own: Any = module._rf_state
             if step is None or (own.backend, own.channels_last) != (
                 root._rf_state.backend,
@@ -170,6 +172,13 @@ def _steps(root: Any, x: Tensor, names: Sequence[str]) -> tuple[tuple[Step, ...]
 def _own_names(state: FusedState) -> tuple[str, ...]:
     """The attributes of a module through which its forward finds what its spec names."""
     return tuple(name for path, names in state.spec.children if not path for name in names)
+
+
+def _called_as_ours(module: nn.Module) -> bool:
+    """Whether a call of ``module`` is one of FusedBlock.forward, and of nothing around it."""
+    cls: Any = type(module)
+    scope = getattr(cls.forward, "__globals__", {}).get("__name__")
+    return scope == _BLOCK and cls.__call__ is nn.Module.__call__ and not guards.touched(module)
 
 
 def _in_turn(layer: nn.Module) -> list[nn.Module]:

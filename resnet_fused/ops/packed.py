@@ -48,13 +48,13 @@ def at_once() -> Iterator[None]:
         _at_once -= 1
 
 
-def settled(tensors: Tensors) -> bool:
+def settled(tensors: Tensors, asker: Hashable = None) -> bool:
     """Whether to pack what ``backend="auto"`` computes with: once these weights were seen to stay from one call to the
     next. Packing weights that are new at each call would cost more than it saves.
 
     Deterministic algorithms pack at once: an answer must not depend on the calls before it.
     """
-    return _at_once > 0 or torch.are_deterministic_algorithms_enabled() or CACHE.settled(tensors)
+    return _at_once > 0 or torch.are_deterministic_algorithms_enabled() or CACHE.settled(tensors, asker)
 
 
 def fold(conv: ConvBN) -> tuple[Tensor, Tensor]:
