@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS)
 # The same targets with the oldest versions. There a library that does not compile with its CUDA kernels is an error.
 MINIMUM := $(MAKE) VENV=$(VENV_MINIMUM) CONSTRAINTS=constraints-minimum.txt EXT=$(or $(EXT),1)
 
-.PHONY: help demo test quick triton versions check-minimum check-minimum-quick ext lint bench clean
+.PHONY: help demo test quick triton versions check-minimum check-minimum-quick ext lint docs bench clean
 
 help:
 	@echo "make demo    train, fuse, compare and time on real images; a chart and figures in $(OUT)/"
@@ -20,6 +20,7 @@ help:
 	@echo "make check-minimum  the oldest torch and triton, in $(VENV_MINIMUM) (5 GB): library, test suite, Triton configs"
 	@echo "make ext     the compiled library, in place (the others do it too)"
 	@echo "make lint    ruff (lint and format) and mypy"
+	@echo "make docs    the pages of docs/ as a web site in $(OUT)/site"
 	@echo "make bench   time $(MODEL), eager beside fused; MODEL=timm:resnet50 for another"
 	@echo "make clean   remove $(VENV), $(OUT)/ and what the tools left"
 
@@ -60,6 +61,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Strict: a link that leads nowhere, or a name without docstring in the reference, is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir $(abspath $(OUT))/site
+	@echo "open $(OUT)/site/index.html"
+
 bench: $(VENV)/.bench ext
 	$(BIN)/resnet-fused bench $(MODEL)
 
@@ -75,6 +81,6 @@ $(VENV)/.torch: $(CONSTRAINTS)
 	$(PIP_INSTALL) 'setuptools>=77' wheel ninja torch
 	@touch $@
 
-$(VENV)/.bench $(VENV)/.check $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py build_ext.py
+$(VENV)/.bench $(VENV)/.check $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py build_ext.py
 	RESNET_FUSED_CUDA=0 $(PIP_INSTALL) --no-build-isolation -e '.[$*]'
 	@touch $@

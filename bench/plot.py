@@ -5,6 +5,10 @@
 Draws, in a folder per CSV: the speed-up of every case over the faster eager layout, the roofline, throughput by batch
 size, memory where the CSV has it; and report.html, one file that needs no network. A broken row is reported with its
 line and left out; the exit code is then 1.
+
+    python bench/plot.py --publish bench/results/AMD-EPYC-2.13.0+cpu-none.csv
+
+writes the chart and the tables of README.md and docs/ instead (publish.py).
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import publish
 import report
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -302,7 +307,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("csv", type=Path, nargs="+", help="results of run.py")
     options.add_argument("--out", type=Path, default=Path("out/bench"), help="where a folder per CSV is made")
+    options.add_argument("--publish", action="store_true", help="write the figures of README.md and docs/ instead")
     args = options.parse_args(argv)
+    if args.publish and len(args.csv) > 1:
+        options.error("--publish takes one CSV")
     code = 0
     for path in args.csv:
         try:
@@ -314,6 +322,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in problems:
             print(problem, file=sys.stderr)
         code = 1 if problems else code
+        if args.publish:
+            print(*publish.write(store.latest(rows)), sep="\n")
+            continue
         for folder in write(store.latest(rows), problems, args.out / path.stem):
             print(folder)
     return code

@@ -1,4 +1,4 @@
-"""Which backends are here, and which one serves a call.
+"""The backends of this process, and the choice of one for each call.
 
 A backend is a module ``ops/<op>/<backend>.py`` with two functions: ``supports(call)``, which gives the reason why it
 cannot take this call or None, and ``run(call)``. It may have ``bind(call)``, which gives what computes calls with the
@@ -28,7 +28,7 @@ logger = logging.getLogger("resnet_fused")
 
 
 class Backend(str, enum.Enum):
-    """Who computes an op. ``backend="auto"`` stands for the choice among these."""
+    """What computes an op; ``backend="auto"`` chooses among these."""
 
     REFERENCE = "reference"
     ONEDNN = "onednn"
@@ -46,14 +46,14 @@ NAMES = tuple(b.value for b in Backend)
 
 
 class Server(Protocol):
-    """Who serves a call: a backend's module, or one with a launch config."""
+    """What computes a call: a backend's module, or such a module with a launch config."""
 
     @property
     def run(self) -> Callable[[Any], Any]: ...
 
 
 class BackendError(RuntimeError):
-    """The backend asked for by name cannot serve this call; the message says why and what can."""
+    """A named backend cannot compute this call; the message says why, and which backends can."""
 
 
 def all_names() -> tuple[str, ...]:
@@ -140,7 +140,7 @@ def refusal(op: str, backend: str, call: Any) -> str | None:
 
 
 def choose(op: str, call: Any, requested: str, candidates: Sequence[str]) -> Server:
-    """Who serves this call.
+    """Choose the backend that computes this call.
 
     ``requested`` names a backend, which then serves or raises BackendError, or is ``"auto"``: what the tuning table
     says, else the first of ``candidates`` that supports the call.
@@ -170,7 +170,7 @@ def bind(server: Any, call: Any) -> Callable[[Any], Any]:
 
 
 def tuned(op: str, call: Any, found: lookup.Found) -> Server | None:
-    """Who serves this call by the tuning table's word; None where that backend is absent, refuses the call, or no
+    """The backend that the tuning table names for this call; None where it is missing, refuses the call, or no
     longer has the config."""
     name, config = found.entry.backend, found.entry.config
     if name not in all_names() or refusal(op, name, call) is not None:

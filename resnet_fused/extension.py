@@ -1,7 +1,7 @@
 """The compiled library beside this package: found and loaded on first use, never by ``import resnet_fused``.
 
 There are two files. ``libresnet_fused.so`` holds the kernels and needs libtorch alone; ``_C`` is the Python module that
-brings it in and tells what it holds.
+loads it and describes its contents.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def library_path() -> str:
     """The path of ``libresnet_fused.so``, which a C++ program loads to run exported fused models.
 
     Once loaded (``dlopen``, or linking to it) ``resnet_fused::conv_bn_act``, ``add_relu``, ``basic_block`` and
-    ``bottleneck`` are registered with the dispatcher, without Python. In this process the package's own ops stay; so
-    that torch has nothing to complain of, the library is loaded beside them here.
+    ``bottleneck`` are registered with the dispatcher, without Python. In Python the package has registered these
+    ops already, and they stay; the function loads the library too, so that loading it later is no error.
 
     Raises:
         FileNotFoundError: the library has not been built; the message says how to.
@@ -52,7 +52,7 @@ def _load() -> ModuleType | str:
 
 
 def missing(cuda: bool = False) -> str | None:
-    """Why the compiled library, or its CUDA kernels, are not here; None when they are."""
+    """Why the compiled library, or its CUDA kernels, are missing; None when they are present."""
     module = _load()
     if isinstance(module, str):
         return module
@@ -65,7 +65,7 @@ def module() -> Any:
     """The Python module of the compiled library.
 
     Raises:
-        RuntimeError: it is not here; the message says why and what to do.
+        RuntimeError: it is missing; the message says why and what to do.
     """
     loaded = _load()
     if isinstance(loaded, str):

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole, and files that may hold anything, read within bounds."""
+"""Replace files as a whole, and read untrusted files within bounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 
 class FileError(ValueError):
-    """What the path names is not read: it is no regular file, or has too many bytes. The message says which."""
+    """The file is not read: it is no regular file, or has too many bytes. The message says which."""
 
 
 def replace(path: Path, data: bytes) -> None:

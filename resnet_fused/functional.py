@@ -51,12 +51,12 @@ def conv_bn_act(
         x: ``[N, C, H, W]`` (or ``[C, H, W]``), float16, bfloat16, float32 or float64, any strides.
         weight: ``[K, C/groups, R, S]`` of x's dtype.
         bn_weight, bn_bias: γ and β, ``[K]``, or None for ones and zeros.
-        running_mean, running_var: ``[K]``. The vectors may be float32 beside a half-precision x.
+        running_mean, running_var: ``[K]``. The vectors may be float32 where x has half precision.
         eps: added to the variance.
         residual: a tensor of the output's shape, or None.
         bias: the convolution's own bias, ``[K]``, or None.
         stride, padding, dilation: integers or (height, width) pairs; padding may be "same" or "valid".
-        groups: blocks of channels convolved apart.
+        groups: number of groups of channels, as in conv2d.
         act: "relu" or "none". ReLU keeps NaN.
         backend: "auto", or a name in ``resnet_fused.backends.NAMES``; a named backend never falls back.
 
@@ -65,7 +65,7 @@ def conv_bn_act(
         accumulated in float32 and rounded once. Differentiable in x, weight, bias, γ, β and residual.
 
     Raises:
-        ValueError, TypeError: an argument is unsound; the message names it.
+        ValueError, TypeError: an argument is invalid; the message names it.
         BackendError: the named backend cannot run this call; the message says why.
     """
     if x.dim() == 3:
@@ -116,7 +116,7 @@ def batch_norm_act(
     num_batches_tracked: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Batch norm with the batch's statistics, residual add and ReLU in one pass behind the statistics.
+    """Batch norm with the batch's statistics; residual add and ReLU in the pass that normalises.
 
     Equivalent to::
 
@@ -129,8 +129,8 @@ def batch_norm_act(
     Args:
         x: ``[N, C, H, W]``, float16, bfloat16, float32 or float64, any strides.
         weight, bias: γ and β, ``[C]``, or None for ones and zeros.
-        running_mean, running_var: ``[C]``, or both None. Written once when training. The vectors may be float32 beside
-            a half-precision x.
+        running_mean, running_var: ``[C]``, or both None. Written once when training. The vectors may be float32 where
+            x has half precision.
         residual: a tensor of x's shape, or None.
         training: normalise with the mean and variance of the batch, else with the running ones.
         momentum: weight of the batch in the running statistics; None for the average over all batches so far.
@@ -141,11 +141,11 @@ def batch_norm_act(
 
     Returns:
         ``[N, C, H, W]`` in x's dtype, with the strides that F.batch_norm gives. Differentiable in x, weight, bias and
-        residual, twice too. For the gradient x, the statistics and the output are kept, no mask. An empty batch gives
+        residual, twice too. The gradient keeps x, the statistics and the output, but no mask. An empty batch gives
         an empty result.
 
     Raises:
-        ValueError, TypeError: an argument is unsound, or there is one value per channel when training.
+        ValueError, TypeError: an argument is invalid, or there is one value per channel when training.
         BackendError: the named backend cannot run this call; the message says why.
     """
     call = BatchNormCall(
@@ -222,7 +222,7 @@ def _pair(value: IntOrPair, name: str) -> tuple[int, int]:
 def _pad(
     x: Tensor, weight: Tensor, stride: tuple[int, int], padding: IntOrPair | str, dilation: tuple[int, int]
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Padding as a symmetric pair; what "same" needs beyond that is written into x, as conv2d does."""
+    """Padding as a symmetric pair; what "same" needs beyond that is padded into x, as conv2d does."""
     if not isinstance(padding, str):
         return x, _pair(padding, "padding")
     if padding == "valid":

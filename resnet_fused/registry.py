@@ -1,4 +1,4 @@
-"""Backends from outside: a user's own kernel beside ours."""
+"""Backends that users register: kernels of their own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Kernel = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Registered:
-    """What a backend's module is for an op of ours: ``supports(call)`` and ``run(call)``, and perhaps ``configs``."""
+    """A registered backend for one op: ``supports(call)`` and ``run(call)``, as a backend's module has them."""
 
     run: Kernel
     supports: Callable[[Any], str | None]
@@ -29,7 +29,7 @@ class Registered:
 
 @dataclass(frozen=True)
 class Configurable(Registered):
-    """One with launch configs, of which ``run`` takes one as its second argument."""
+    """The same with launch configs; ``run`` takes one as its second argument."""
 
     configs: Callable[[Any], Sequence[Any]]
 
@@ -40,7 +40,7 @@ _names: list[str] = []
 
 
 def names() -> list[str]:
-    """Names of the registered backends, in the order in which they came."""
+    """Names of the registered backends, in the order of registration."""
     return _names
 
 
@@ -97,7 +97,7 @@ def unregister_backend(name: str) -> None:
     """Forget the backend ``name``, of every op.
 
     Raises:
-        ValueError: nobody registered it.
+        ValueError: no backend of this name is registered.
     """
     if name not in _names:
         raise ValueError(f"name: got {name!r}, need one of {_names}")

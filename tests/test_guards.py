@@ -103,7 +103,7 @@ def test_the_reason_is_said() -> None:
     with torch.device("cpu"):
         assert guards.watched() is None
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert "hooks for all modules" in str(guards.watched())
+    assert "hooks are registered for all modules" in str(guards.watched())
     handle.remove()
 
 

@@ -28,7 +28,7 @@ CONTENDERS = {
 def plot(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(BENCH)
     yield importlib.import_module("plot")
-    for name in ("plot", "report"):
+    for name in ("plot", "publish", "report"):
         sys.modules.pop(name, None)
 
 
@@ -254,3 +254,24 @@ def test_two_machines_in_one_file_give_two_reports(plot, tmp_path):
     rows = [row("blocks", "a", "fused", 1, "float32", 1.0, threads=threads) for threads in ("1", "2")]
     assert plot.main([str(write(tmp_path / "d.csv", rows)), "--out", str(tmp_path)]) == 0
     assert len(list((tmp_path / "d").glob("*/report.html"))) == 2
+
+
+def test_published_figures_come_from_the_rows(plot: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A page's figures are replaced between its marks, and nothing else of it."""
+    publish = importlib.import_module("publish")
+    (tmp_path / "docs").mkdir()
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- figures: short -->\nold\n<!-- end of figures -->\nafter\n")
+    monkeypatch.setattr(publish, "ROOT", tmp_path)
+    rows = [row("models", "resnet18", name, 8, "float32", ms) for name, ms in CONTENDERS.items()]
+    csv = write(tmp_path / "rows.csv", rows)
+    assert plot.main(["--publish", str(csv)]) == 0
+    assert readme.read_text() == (
+        "before\n<!-- figures: short -->\n| ms per batch | batch 8 |\n|---|---|\n"
+        "| ResNet-18, float32 | 3.0 / 1.6 / **1.3** (2.31×) |\n<!-- end of figures -->\nafter\n"
+    )
+    for suffix in ("", "-dark"):
+        assert "2.31×" in (tmp_path / f"docs/images/speed{suffix}.svg").read_text()
+    assert publish.write(store.latest(store.read(csv)[0])) == []  # nothing has changed
+    with pytest.raises(ValueError, match="no whole network"):
+        publish.contents([row("blocks", "resnet18", "fused", 8, "float32", 1.0)])

@@ -206,7 +206,7 @@ def test_what_cannot_be_loaded_says_why(weights, tmp_path):
         recipe.load(str(plain))
     facts = {"model": "resnet20", "size": 16, "classes": ["0"], "data": "digits"}
     checkpoint.write(plain, {"a": torch.zeros(1)}, {"resnet_fused": json.dumps(facts)})
-    with pytest.raises(CheckpointError, match="digits, not image files"):
+    with pytest.raises(CheckpointError, match="digits, not on image files"):
         recipe.load(str(plain))
 
 

@@ -362,8 +362,8 @@ def test_weights_that_do_not_serve_are_named(folder, tmp_path, capsys):
     [
         (("--freeze-until", "layer9"), "no part 'layer9' to freeze until; it has conv1, bn1"),
         (("--freeze-until", "conv1"), "nothing in"),
-        (("--amp", "fp16"), "--amp fp16: trains on CUDA devices alone"),
-        (("--recompute", "last_conv", "--eager"), "--recompute: fused blocks do that"),
+        (("--amp", "fp16"), "--amp fp16: needs a CUDA device"),
+        (("--recompute", "last_conv", "--eager"), "--recompute: needs fused blocks"),
         (("--workers", "-1"), "--workers -1: need 0 or more"),
         (("--lr", "1e30"), "no longer finite in epoch 1"),
     ],

@@ -1,4 +1,4 @@
-"""``resnet-fused bench``: kernels, blocks, models and training steps beside the strongest baselines."""
+"""``resnet-fused bench``: kernels, blocks, models and training steps, compared with the strongest baselines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands share: their common options, how models and inputs are made, how results are printed."""
+"""Shared by the commands: common options, models and inputs, printed results."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 
 
 class UserError(Exception):
-    """What the user asked for cannot be done; the message is the one line that they read."""
+    """The request cannot be met; the message is the one line that the user reads."""
 
 
 def add_model_options(parser: argparse.ArgumentParser, batch: int) -> None:
-    """MODEL and the options that say how it is fed."""
+    """Add MODEL and the options for its input."""
     parser.add_argument("model", metavar="MODEL", help=models.FORMS)
     parser.add_argument("--batch", type=positive, default=batch, help="images per batch (default %(default)s)")
     parser.add_argument("--size", type=positive, help="height and width of an image (default: the model's own)")
@@ -60,7 +60,7 @@ def load_plugins(specs: Iterable[str]) -> None:
     for spec in specs:
         try:
             registry.load(spec)
-        except Exception as error:  # whatever the user's file raises is told in one line
+        except Exception as error:  # whatever the user's file raises is reported in one line
             raise UserError(f"--load {spec}: {type(error).__name__}: {error}") from error
 
 
@@ -110,8 +110,8 @@ def check_backend(name: str) -> str:
 def prepare(args: argparse.Namespace, *, keep_statistics: bool = False) -> tuple[nn.Module, Tensor]:
     """The model that the options name and a random input in NCHW, on their device and in their dtype.
 
-    The weights are random, and unless told otherwise so are the batch norms' parameters and statistics, around what
-    the input gives: with fresh ones (0 and 1) much could go wrong unseen.
+    The weights are random. By default so are the batch norms' parameters and statistics, around the values that
+    the input gives: fresh ones (0 and 1) would hide many errors.
     """
     device, dtype = pick_device(args.device), DTYPES[args.dtype]
     torch.manual_seed(args.seed)
@@ -126,7 +126,7 @@ def prepare(args: argparse.Namespace, *, keep_statistics: bool = False) -> tuple
         else:
             with torch.no_grad():
                 model(x)
-    except Exception as error:  # whatever the model raises on such an input is told in one line
+    except Exception as error:  # whatever the model raises on such an input is reported in one line
         raise UserError(f"{args.model} does not run on an input {shape}: {type(error).__name__}: {error}") from error
     return model.to(dtype), x.to(dtype)
 

@@ -1,4 +1,4 @@
-"""``resnet-fused families``: every family of models that we know, fused and compared with eager: the support table."""
+"""``resnet-fused families``: every known family of models, fused and compared with eager: the support table."""
 
 from __future__ import annotations
 

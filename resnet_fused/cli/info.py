@@ -1,4 +1,4 @@
-"""``resnet-fused info``: what is here, and what is not, with the reason."""
+"""``resnet-fused info``: versions, devices and backends, and why a backend is missing."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         device = pick_device(f"cuda:{world.local_rank}")
     recipe = make_recipe(args, device)
     if args.eager and args.recompute:
-        raise UserError("--recompute: fused blocks do that; leave out --eager")
+        raise UserError("--recompute: needs fused blocks; leave out --eager")
     with connected(world, device), determinism(args.deterministic):
         status = train(args, recipe, world, device)
     if world.size > 1:
@@ -131,7 +131,7 @@ def make_recipe(args: argparse.Namespace, device: torch.device) -> Recipe:
     if amp == "auto":
         amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "none"
     if amp == "fp16" and device.type != "cuda":
-        raise UserError("--amp fp16: trains on CUDA devices alone; bf16 does on a CPU too")
+        raise UserError("--amp fp16: needs a CUDA device; bf16 works on a CPU too")
     return Recipe(
         args.epochs, args.batch, args.lr, args.warmup, args.momentum, args.weight_decay, args.label_smoothing, amp,
         args.seed,
@@ -217,7 +217,7 @@ def probe_synchronised(network: nn.Module, shape: tuple[int, ...]) -> None:
         with torch.no_grad():
             copied(torch.zeros(shape))
     except ValueError as error:
-        raise UserError(f"--sync-batchnorm: on a CPU in fused blocks alone: {error}") from error
+        raise UserError(f"--sync-batchnorm: on a CPU only fused blocks support it: {error}") from error
 
 
 def open_folder(
@@ -265,7 +265,7 @@ def workers(args: argparse.Namespace) -> int:
 
 
 def identity(args: argparse.Namespace, size: int) -> dict[str, Any]:
-    """What else decides the weights that come out."""
+    """What else determines the resulting weights."""
     return {
         "model": args.model,
         "size": size,
@@ -309,7 +309,7 @@ def describe(network: nn.Module, args: argparse.Namespace) -> str:
 
 
 def tell(args: argparse.Namespace, trainer: Trainer, final: Final, out: Console, seconds: float) -> None:
-    """Print what came out."""
+    """Print the result."""
     weights = args.out / WEIGHTS
     if args.json:
         print_json(

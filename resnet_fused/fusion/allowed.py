@@ -1,4 +1,4 @@
-"""What a forward may call while it is traced: functions that compute with tensors, and what leaves nothing behind."""
+"""The functions that a traced forward may call: those that compute with tensors and have no side effects."""
 
 from __future__ import annotations
 

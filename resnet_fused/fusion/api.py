@@ -25,7 +25,7 @@ Filter = Callable[[str, nn.Module], bool]
 
 
 class FusionError(ValueError):
-    """``fuse(strict=True)`` met something that it has to leave alone; the message says what, and why."""
+    """``fuse(strict=True)`` found a block that cannot be fused; the message names it and says why."""
 
 
 def fuse(
@@ -43,9 +43,9 @@ def fuse(
 ) -> M:
     """Make the residual blocks and the stem of ``model`` run as fused ops.
 
-    Each of them keeps its object, parameters, buffers, state_dict keys, hooks and attributes; only its class becomes
-    one derived from FusedBasicBlock or FusedBottleneck and its own. What cannot be fused is left alone: ``report`` of
-    the result says what, and why. The model can be trained, moved, saved and loaded as before.
+    Each part keeps its object, parameters, buffers, state_dict keys, hooks and attributes; only its class becomes
+    one derived from FusedBasicBlock or FusedBottleneck and its own. Other blocks are left alone, and ``report`` of
+    the result says why. The model can be trained, moved, saved and loaded as before.
 
     Equivalent to::
 
@@ -57,15 +57,15 @@ def fuse(
         backend: "auto", or a name in ``resnet_fused.backends.NAMES``, for every op of the fused parts.
         filter_fn: called with the name and module of each block or owner of a stem; False leaves it alone.
         strict: raise when there is no residual block, or when one is left alone though ``filter_fn`` wanted it.
-        memory_format: that of the feature maps of fused parts with given statistics: torch.channels_last, as kernels
+        memory_format: of the feature maps in fused parts with given statistics: torch.channels_last, as kernels
             read them, or torch.preserve_format for the input's. Parameters keep their strides, and training its format:
             where channels_last is quicker, say ``model.to(memory_format=torch.channels_last)`` as in eager.
         recompute: None, "activations" or "last_conv": what the blocks compute again in the backward pass instead of
-            keeping it, as in FusedBottleneck. A block with nn.SyncBatchNorm keeps all where processes are several.
+            keeping it, as in FusedBottleneck. With several processes a block with nn.SyncBatchNorm keeps everything.
         generic: also fuse convolution → batch norm (→ sum) (→ ReLU) and sum → ReLU in the forwards of all other
             modules, traced with torch.fx one by one: heads, necks, other networks than ResNets. No other thread may
             run a model meanwhile. ``filter_fn`` is then also called with each convolution, or the module of a sum, and
-            its name in the report; ``strict`` speaks of residual blocks only.
+            its name in the report; ``strict`` is about residual blocks only.
         tune: an example input (a tensor, or a tuple of arguments): measure every backend on the calls that the fused
             model makes for it, as ``resnet-fused tune`` does, unless the user's table has them already. Takes minutes;
             ``model`` must be in eval mode and ``backend`` "auto".
@@ -137,8 +137,8 @@ def fuse_(
 def unfuse(model: M, *, inplace: bool = False) -> M:
     """Undo ``fuse``: every fused part has its own class again.
 
-    Parameters, buffers and hooks are those of the fused model: what was trained or loaded meanwhile stays. Modules that
-    are ours by birth (``FusedBottleneck(…)``, ``resnet50()``) stay what they are.
+    Parameters, buffers and hooks are the fused model's, with all that was trained or loaded meanwhile. Modules that
+    this package built (``FusedBottleneck(…)``, ``resnet50()``) do not change.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -168,7 +168,7 @@ def is_fused(model: nn.Module) -> bool:
 def explain(
     model: nn.Module, *, backend: str = "auto", filter_fn: Filter | None = None, generic: bool = False
 ) -> FusionReport:
-    """What ``report(fuse(model, …))`` would say, without changing or copying ``model``."""
+    """The report that ``fuse(model, …)`` would give, without changing or copying ``model``."""
     _check_model(model)
     backend = backends.check_name(backend)
     entries = []
@@ -185,9 +185,9 @@ def explain(
 
 
 def report(model: nn.Module, *, generic: bool = False) -> FusionReport:
-    """What in ``model`` is fused, by which backend, and what is not, and why.
+    """List the fused parts of ``model`` with their backends, and the parts left alone with the reason.
 
-    ``backend`` of an entry is what "auto" chooses for the device and dtype that the parameters have now; where the
+    ``backend`` of an entry is the choice of "auto" for the device and dtype that the parameters have now; where the
     tuning table has calls of these parameters, for the shapes that were tuned: "cpu (tuned)". What
     ``fuse(generic=True)`` looks at is reported where it fused something, or when ``generic`` asks for it.
     """
@@ -241,12 +241,12 @@ def _check_strict(model: nn.Module, filter_fn: Filter | None) -> None:
     blocks = [m for m in _matches(model) if m[2].kind != "stem"]
     if not blocks:
         raise FusionError(
-            f"model: {type(model).__name__} has no residual block of a known class, and strict=True was asked; "
-            "name your own block class with resnet_fused.register_adapter, or use strict=False"
+            f"model: {type(model).__name__} has no residual block of a known class, but strict=True needs one; "
+            "register your own block class with resnet_fused.register_adapter, or use strict=False"
         )
     for name, module, found in blocks:
         if found.reason is not None and (filter_fn is None or filter_fn(name, module)):
             raise FusionError(
-                f"model: {name or type(module).__name__} cannot be fused, and strict=True was asked: {found.reason}; "
+                f"model: {name or type(module).__name__} cannot be fused, but strict=True needs it: {found.reason}; "
                 "leave it out with filter_fn, or use strict=False"
             )

@@ -1,4 +1,4 @@
-"""What the bytecode of a function says of it before it is traced."""
+"""Read the bytecode of a function before it is traced."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OPTIONAL = {"grad", "grad_fn", "_base", "_grad", "_grad_fn", "names"}
 
 
 def hazard(code: CodeType, globals_: dict[str, Any], inner: bool) -> str | None:
-    """What in a function that ran could make it do otherwise another time."""
+    """What could make a function that ran behave differently another time."""
     if not inner and set(code.co_freevars) - {"__class__"}:
         return "is a closure"
     previous = ""

@@ -221,7 +221,7 @@ class _Rewriter:
         chain = Chain(CONV, conv_name, path(conv_name), path(norm_name), act_path, note)
         if not self._take(chain, conv, reason):
             return
-        if between:  # the order of the calls changes: nobody may see it
+        if between:  # the order of the calls changes, so nothing may observe it
             self.alone.update(str(n.target) for n in (node, norm, *between, last) if n.op == "call_module")
         with self.graph.inserting_before(node if residual is None else residual[0]):
             arguments = [self.graph.get_attr(conv_name), self.graph.get_attr(norm_name)]

@@ -1,4 +1,4 @@
-"""Which backends a fused part would be computed by: for reports."""
+"""The backends that would compute a fused part, for reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SAMPLE = 16  # height and width, in filter extents, of the image that the choic
 
 
 def chosen_backend(kind: str, pairs: list[tuple[nn.Conv2d, nn.Module]], backend: str) -> str:
-    """The backend asked for, or what "auto" chooses: one name, or several, joined, where convolutions differ.
+    """The named backend, or the choice of "auto": one name, or several, joined, where convolutions differ.
 
     "cuda (whole block)" where that backend computes the block in one kernel. Where the tuning table has calls of these
     weights, the names are those that it gives for the shapes that were tuned: "cpu (tuned)".
@@ -56,7 +56,7 @@ def _joined(names: list[str], tuned: bool) -> str:
 
 
 def _tuned(op: str, call: Any) -> list[str]:
-    """Who the table says computes calls with these weights: backends, eager with its memory format if it has one."""
+    """The backends that the table names for calls with these weights; eager with its memory format if it has one."""
     names = []
     for entry in lookup.alike(op, call):
         whole = isinstance(call, BlockCall) and entry.backend in (lookup.CHAIN, backends.Backend.REFERENCE)

@@ -1,6 +1,6 @@
 """The generic path: chains of operations in the forward of any module, fused one module at a time.
 
-Each module is looked at by itself: its own forward is traced, its submodules left whole. What is found there is
+Each module is examined by itself: its own forward is traced, its submodules left whole. A chain that is found is
 computed as one op by the module's new forward; the submodules stay what they are, and can be called as before.
 """
 
@@ -79,7 +79,7 @@ def generic_entries(
 
 
 def taken_by(module: nn.Module, spec: BlockSpec) -> set[int]:
-    """What a fused block takes over: itself and all in it, but not what it calls as a module."""
+    """The modules that a fused block replaces: itself and all in it, but not those that it calls as modules."""
     called: list[Any] = [live.lookup(module, path) for paths in spec.extras for path in paths]
     if spec.shortcut is not None:
         shortcut = live.shortcut(live.lookup(module, spec.shortcut))

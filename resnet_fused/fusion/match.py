@@ -1,4 +1,4 @@
-"""Whether a module can be fused, part by part, and if not, why."""
+"""Decide whether a module can be fused, part by part, and say why not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Match", "conv_refusal", "match", "norm_refusal", "pairs_of", "watche
 
 @dataclass(frozen=True)
 class Match:
-    """What was found out about one module.
+    """How one module matches.
 
     kind is "basic_block", "bottleneck", "stem" or "conv_bn_act"; spec and fused are None where a class is known only
     as one to leave alone; reason says why it is left alone, and is None where it can be fused; note says what of a
@@ -40,7 +40,7 @@ class Match:
 
 
 def match(module: nn.Module) -> Match | None:
-    """What ``fuse`` can do with this module, or None where it is neither a block nor the owner of a stem."""
+    """The match of this module, or None where it is neither a block nor the owner of a stem."""
     if isinstance(module, FusedModule):
         return _match_fused(module)
     adapter = find_adapter(module)

@@ -1,4 +1,4 @@
-"""What was fused, by which backend; what was left alone, and why."""
+"""Reports: fused parts with their backends, and parts left alone with the reason."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class FusionEntry:
 
     name is its path in the model ("layer1.0"; a stem's ends in "stem"; a chain of the generic path has its
     convolution's); kind is "basic_block", "bottleneck", "stem", "conv_bn_act", "add_relu" or "block"; status is "fused"
-    or "skipped"; reason says why it was skipped, or which part of what is fused stays eager; backend is who computes
-    it, empty when skipped.
+    or "skipped"; reason says why it was skipped, or which part of a fused block stays eager; backend computes
+    it, and is empty when skipped.
     """
 
     name: str
@@ -66,7 +66,7 @@ class FusionReport:
 
     def __str__(self) -> str:
         if not self.entries:
-            return "no residual block of a known class (resnet_fused.register_adapter takes your own)"
+            return "no residual block of a known class (register your own with resnet_fused.register_adapter)"
         rows = [("name", "kind", "status", "backend", "reason")]
         rows += [(e.name or "(model)", e.kind, e.status, e.backend, e.reason) for e in self.entries]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]

@@ -35,7 +35,7 @@ from resnet_fused.modules.traced import METHOD, TENSOR, Child, Read, Rebindable,
 
 
 class Untraceable(Exception):
-    """The forward does something that a trace cannot be trusted with; the message says what."""
+    """The forward does something that a trace cannot represent; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class _Seen:
-    """What the forward's own code read and which functions ran."""
+    """The values that the forward's own code read, and the functions that ran."""
 
     def __init__(self, module: nn.Module) -> None:
         self.paths = {id(m): tuple(name.split(".")) if name else () for name, m in module.named_modules()}
@@ -476,7 +476,7 @@ def _watching(module: nn.Module) -> Iterator[_Seen]:
             return
         if name in _CONTEXTS and frame.f_back is not None and frame.f_back.f_code in seen.allowed:
             raise Untraceable(f"its forward runs a part of itself through {name}")
-        if not _quiet(frame) and not _in_library(frame.f_back):  # Python's import hooks are nobody's forward
+        if not _quiet(frame) and not _in_library(frame.f_back):  # Python's import hooks belong to no forward
             seen.call(frame)
         elif (
             frame.f_back is not None
@@ -488,7 +488,7 @@ def _watching(module: nn.Module) -> Iterator[_Seen]:
     nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign,assignment]
     nn.Module.__getattr__ = getattr_  # type: ignore[method-assign]
     collecting = gc.isenabled()
-    gc.disable()  # finalisers of whatever is collected are nobody's forward
+    gc.disable()  # finalisers of collected objects belong to no forward
     sys.setprofile(called)
     try:
         yield seen

@@ -1,4 +1,4 @@
-"""Comparing a model with its fused form on the user's own input."""
+"""Compare a model with its fused form on the user's own input."""
 
 from __future__ import annotations
 

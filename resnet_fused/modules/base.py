@@ -1,8 +1,8 @@
-"""What every fused module has in common, and how an existing module becomes one by a change of class.
+"""The base of every fused module, and how an existing module becomes one by a change of class.
 
-A module of somebody's class is fused by giving the very same object a class derived from both ours and its own. So its
+A module of a user's class is fused by giving the very same object a class derived from both ours and its own. So its
 parameters, buffers, hooks, attributes, methods and identity stay what they were, its original forward is at hand for
-whatever cannot be fused at the moment, and undoing it is giving the class back.
+whatever cannot be fused at the moment, and giving the class back undoes it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class FusedModule(nn.Module):
     _rf_state: FusedState
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """The user's own hook has seen the user's class; one that is derived from it is no class of theirs."""
+        """The user's hook has run for the user's class; a class that fusion derives from it is not the user's."""
         if "_rf_original_class" not in vars(cls):
             super().__init_subclass__(**kwargs)
 

@@ -1,6 +1,6 @@
 """What the fused residual blocks share: how one decides, at each call, what to compute with fused ops.
 
-A block of the user's class keeps all of its attributes, so nothing here stands under a name that it may have: what
+A block of the user's class keeps all of its attributes, so nothing here has a name that it may have: what
 belongs to us is a function that takes the block, or has a name that begins with ``_rf_``.
 """
 
@@ -31,7 +31,7 @@ B = TypeVar("B", bound="FusedBlock")
 class FusedBlock(FusedModule):
     """A residual block. At each call, in this order:
 
-    - somebody looks on, or something in it is watched or was replaced (hooks on a submodule, another activation, a
+    - a mode or tracer is active, or a part of it has hooks or was replaced (hooks on a submodule, another activation, a
       patched class): its own forward, so exactly eager;
     - all its norms use given statistics (eval mode, frozen): the whole block as one op;
     - some norm uses the batch's statistics, or other modules stand between the pairs: pair by pair, each fused where
@@ -158,7 +158,7 @@ def uses_given_statistics(block: FusedBlock, x: Tensor) -> bool:
 
 
 def _fused_forward(block: FusedBlock, x: Tensor, found: Parts) -> Tensor | None:
-    """The block by fused ops; None, with nothing done yet, where eager has its own way with this input."""
+    """The block by fused ops; None, with nothing done yet, where eager treats this input differently."""
     pairs, shortcut, extras = found
     data = [parts.read(conv, norm) for conv, norm in pairs]
     if None not in data and (not isinstance(shortcut, Called) or shortcut.pure):  # else eager's own x is written to
@@ -195,7 +195,7 @@ def _fused_forward(block: FusedBlock, x: Tensor, found: Parts) -> Tensor | None:
 
 
 def _whole(block: FusedBlock, x: Tensor, data: list[Any], projection: ConvBN | None, identity: Tensor | None) -> Tensor:
-    """The block as one op. It checks the call before it does anything; what it refuses, eager may know how to do."""
+    """The block as one op. It checks the call before it does anything; eager may be able to compute what it refuses."""
     backend = block._rf_state.backend
     try:
         return block._rf_op(x, *data, projection, identity, backend=backend)
@@ -265,7 +265,7 @@ def _repeated(pairs: list[Pair], shortcut: Shortcut) -> bool:
 def _as_recomputed(
     x: Tensor, pairs: list[Pair], shortcut: Projection | None, identity: Tensor | None
 ) -> ResidualBlock | None:
-    """The block as data, or None where one of its norms asks other processes."""
+    """The block as data, or None where one of its norms uses other processes."""
     convs = [parts.conv_norm(*pair) for pair in pairs]
     projection = None if shortcut is None else parts.conv_norm(shortcut.conv, shortcut.norm)
     if None in convs or (shortcut is not None and projection is None):

@@ -26,9 +26,9 @@ _PER_IMAGE = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Identity)
 
 
 def run(function: Callable[[Tensor], Tensor], x: Tensor, stem: nn.Conv2d, layers: Iterable[nn.Module]) -> Tensor:
-    """``function(x)``, by sub-batches where that is sound and pays.
+    """``function(x)``, by sub-batches where that is valid and pays.
 
-    It is sound where nobody can tell: every image is computed apart from the others (fused blocks with given
+    It is valid where no result differs: every image is computed apart from the others (fused blocks with given
     statistics, pooling), no hook would see a part of a batch, and no gradient is recorded.
 
     Args:

@@ -1,8 +1,8 @@
-"""May a call be bypassed? Only where nobody would notice: this is the one rule, for ``fuse``, reports and every call.
+"""When a module's call may be bypassed: one rule for ``fuse``, reports and every call.
 
 A part is computed by fused ops while it is what PyTorch made it: its exact class, no hooks, no function replaced on the
-instance or for the class, no attribute that hides a parameter or submodule; and while nobody looks on, neither a mode
-nor a tracer. Otherwise its own module call runs. Every function named for a reason gives it, or None where all is well.
+instance or for the class, no attribute that hides a parameter or submodule; and while no mode and no
+tracer is active. Otherwise its own module call runs. Functions named for a reason return it, or None.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _of_torch(function: Any) -> bool:
     return built_in or _scope(function).split(".")[0] == "torch"
 
 
-# As they were when this package was imported; None for one that was somebody else's by then.
+# As they were when this package was imported; None for one that was replaced before.
 _OWN: list[Any] = [f if _of_torch(f := getattr(owner, name)) else None for owner, name in _PLACES]
 
 
@@ -67,7 +67,7 @@ _unchanged = _comparisons()
 
 
 def replaced() -> str | None:
-    """Which of PyTorch's functions is somebody else's now."""
+    """Which of PyTorch's functions was replaced."""
     if _unchanged():
         return None
     for i, (owner, name) in enumerate(_PLACES):
@@ -153,7 +153,7 @@ _WATCHERS = (
     _nn_module._global_backward_hooks,
     _nn_module._global_backward_pre_hooks,
 )
-# PyTorch's own modes, by the packages that their classes are from: they are how it traces, not somebody who looks on.
+# PyTorch's own modes, by the packages that their classes are from: PyTorch traces with them; they are no observers.
 _MACHINERY = (
     "torch._subclasses", "torch.fx.experimental", "torch._functorch", "torch._export", "torch.export", "torch._dynamo",
     "torch._inductor", "torch._higher_order_ops", "torch._library", "torch.utils._device", "resnet_fused",
@@ -169,7 +169,7 @@ def _is_machinery(cls: type) -> bool:
 
 
 def watched() -> str | None:
-    """Who would notice a call that is bypassed, whatever the module: hooks for all modules (profilers and FLOP counters
+    """What would notice a bypassed call of any module: hooks for all modules (profilers and FLOP counters
     have them), modes, function transforms, a tracer that writes down what eager does; or a function of PyTorch's that
     was replaced for its class."""
     reason = replaced()
@@ -177,24 +177,24 @@ def watched() -> str | None:
         return reason
     for hooks in _WATCHERS:
         if hooks:
-            return "there are hooks for all modules"
+            return "hooks are registered for all modules"
     if torch.compiler.is_compiling():
         exporting = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
         return "it is written as ONNX, which has no op of ours" if exporting else None
     if _tracing() is not None:
-        return "torch.jit.trace writes it down"  # in aten's ops, so that the file needs nothing of ours
+        return "torch.jit.trace is recording it"  # in aten's ops, so that the file needs nothing of ours
     if _dispatch_modes():
         for i in range(_dispatch_modes()):
             mode = type(torch._C._get_dispatch_stack_at(i))
             if not _is_machinery(mode):
-                return f"the mode {mode.__name__} looks on"
+                return f"the mode {mode.__name__} is active"
     if _function_modes():
         for i in range(_function_modes()):
             mode = type(torch._C._get_function_stack_at(i))
             if not _is_machinery(mode):
-                return f"the mode {mode.__name__} looks on"
+                return f"the mode {mode.__name__} is active"
     if forward_ad._current_level >= 0 or _transform() is not None:
-        return "a function transform is at work"
+        return "a function transform is active"
     return None
 
 
@@ -207,7 +207,7 @@ def plain_tensor(value: Any) -> bool:
 
 
 def is_frozen_norm(cls: type) -> bool:
-    """Whether ``cls`` is a FrozenBatchNorm2d that we know."""
+    """Whether ``cls`` is a known FrozenBatchNorm2d."""
     return name_of(cls) in FROZEN_NORMS
 
 
@@ -300,13 +300,13 @@ def relu_refusal(act: Any, keys: Path | str) -> str | None:
 
 
 def idle(module: Any) -> bool:
-    """Whether ``module`` does nothing."""
+    """Whether ``module`` is an identity."""
     return module is None or (type(module) is nn.Identity and not touched(module))
 
 
 def pure(module: Any) -> bool:
-    """Whether calling ``module`` does nothing but give a new tensor, or its input: so the order of calls is nobody's
-    concern, and a call can be repeated."""
+    """Whether calling ``module`` does nothing but give a new tensor, or its input: so the order of calls does not
+    matter, and a call can be repeated."""
     if not isinstance(module, nn.Module) or touched(module) or not own_forward(type(module)):
         return False
     cls: type[nn.Module] = type(module)

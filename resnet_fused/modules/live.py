@@ -1,4 +1,4 @@
-"""A block's or stem's parts as they are at this moment: read anew at each call, since users change them."""
+"""The parts of a block or stem, read at each call, because users change them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Projection(NamedTuple):
 
 
 class Called(NamedTuple):
-    """A shortcut that is called as it is; pure: when, and how often, is nobody's concern."""
+    """A shortcut that is called as it is; pure: it does not matter when, and how often."""
 
     module: nn.Module
     pure: bool
@@ -36,7 +36,7 @@ Shortcut = Projection | Called | None  # None: x itself
 
 
 class Parts(NamedTuple):
-    """What a block consists of right now; extras are called on each pair's result, None where there are none."""
+    """The parts of a block at this call; extras are called on each pair's result, None where there are none."""
 
     pairs: list[Pair]
     shortcut: Shortcut
@@ -55,7 +55,7 @@ def lookup(module: nn.Module, keys: Path) -> Any:
 def read(module: nn.Module, spec: BlockSpec, matched: Matched | None) -> Parts | str:
     """The parts of a block or stem, or why they may not be bypassed at the moment.
 
-    This says nothing about who looks on: :func:`guards.watched`.
+    It does not ask for modes and tracers: :func:`guards.watched` does.
     """
     reason = (None if matched is None else matched.refusal()) or _hidden(module, spec)
     if reason is not None:
@@ -90,9 +90,9 @@ def read(module: nn.Module, spec: BlockSpec, matched: Matched | None) -> Parts |
         branch = None
     found = shortcut(branch)
     if isinstance(found, Called) and not found.pure and (not spec.adds or extras is not None):
-        return f"{dotted(spec.shortcut)} may do more than give a new tensor, so when it is called matters"
+        return f"{dotted(spec.shortcut)} may do more than return a new tensor, so the moment of its call matters"
     if isinstance(found, Projection) and not all(map(guards.pure, found.before)):
-        return f"{dotted(spec.shortcut)} begins with what may do more than give a new tensor"
+        return f"{dotted(spec.shortcut)} begins with a module that may do more than return a new tensor"
     return Parts(pairs, found, extras)
 
 

@@ -50,10 +50,10 @@ def _checker(cls: type, methods: Any, globals_: Any) -> Callable[[], str | None]
             if now is getattr(nn.Module, name, cls):
                 continue  # inherited: of nn.Module's own functions guards.replaced speaks
             if now is not function or _code(now) is not code:
-                return f"{cls.__qualname__}.{name} is another function than the one that was matched"
+                return f"{cls.__qualname__}.{name} was replaced since it was matched"
         for scope, names, value in globals_:
             if resolve(scope, names) is not value:
-                return f"{'.'.join(names)} in the forward of {cls.__qualname__} is another function than it was"
+                return f"{'.'.join(names)} in the forward of {cls.__qualname__} was replaced since it was matched"
         return None
 
     refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result

@@ -1,6 +1,6 @@
 """A module's own convolutions and norms as what the ops take, read at run time.
 
-``guards`` says what may be computed so right now. Everything else, whenever it came about, runs through the module
+``guards`` decides what may be computed so at this call. Everything else runs through the module
 calls as written.
 """
 
@@ -28,12 +28,12 @@ touched, watched, is_frozen_norm = guards.touched, guards.watched, guards.is_fro
 
 
 def bypassable(conv: nn.Module | None, norm: nn.Module | None) -> bool:
-    """Whether the pair is a plain Conv2d and batch norm that nobody watches."""
+    """Whether the pair is a plain Conv2d and batch norm without hooks."""
     return guards.pair_refusal(conv, norm, "", "") is None
 
 
 def plain_relu(act: nn.Module) -> bool:
-    """Whether ``act`` is a plain nn.ReLU that nobody watches."""
+    """Whether ``act`` is a plain nn.ReLU without hooks."""
     return guards.relu_refusal(act, "") is None
 
 
@@ -158,7 +158,7 @@ def _synchronised(x: Tensor, norm: Any) -> Tensor:
 
 
 def norm_call(x: Tensor, norm: Any, act: str, residual: Tensor | None) -> BatchNormCall:
-    """What a batch norm would do to x at this moment, by nn.BatchNorm2d's own rules."""
+    """The call that a batch norm would make for x, by nn.BatchNorm2d's own rules."""
     mean, var = norm.running_mean, norm.running_var
     training: bool = (norm.training and type(norm) in BATCH_NORMS) or mean is None
     momentum, count = (norm.momentum, norm.num_batches_tracked) if training else (0.0, None)
@@ -170,7 +170,7 @@ def norm_call(x: Tensor, norm: Any, act: str, residual: Tensor | None) -> BatchN
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module) -> ConvNorm | None:
-    """A bypassable pair as data, in whichever mode its norm is; None where the norm asks other processes."""
+    """A bypassable pair as data, in whichever mode its norm is; None where the norm uses other processes."""
     if asks_others(norm):
         return None
     call = norm_call(conv.weight, norm, "none", None)

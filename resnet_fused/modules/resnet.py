@@ -97,7 +97,7 @@ class ResNet(FusedStem):
         return nn.Sequential(*stage)
 
     def _options(self, dilation: int) -> dict[str, Any]:
-        """What the block's constructor is told beyond the four arguments that every residual block takes."""
+        """The block's constructor arguments beyond the four that every residual block takes."""
         given = {"groups": self.groups, "base_width": self.base_width, "dilation": dilation}
         default = {"groups": 1, "base_width": 64, "dilation": 1}
         options: dict[str, Any] = {name: value for name, value in given.items() if value != default[name]}

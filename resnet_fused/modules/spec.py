@@ -1,4 +1,4 @@
-"""Where the parts of a block are, as data: what an adapter knows about a class of blocks."""
+"""The places of a block's parts, as data: what an adapter knows about a class of blocks."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class FusedState:
-    """What a fused module knows beside its parameters: no tensor, nothing derived from one.
+    """The state of a fused module besides its parameters: no tensor, nothing derived from one.
 
     recompute is what training computes again in the backward pass instead of keeping it: None, "activations" or
     "last_conv". channels_last: whether feature maps become that where norms use given statistics (parts.feature_map).

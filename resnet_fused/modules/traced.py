@@ -129,7 +129,7 @@ class Plan:
     """A traced forward as source text, and when it stands for the module's own.
 
     names are the arguments that it takes, types what each has to be (None: anything but None); reads have to hold;
-    alone are submodules that nobody may watch, since their own forward is part of it or the order of their calls is
+    alone are submodules that must not be observed, since their own forward is part of it or the order of their calls is
     another; symbols are the functions that the text uses, by the names that it has for them. globals have to stand for
     what they stood for; a pickle describes them, and what is there when it is read has to agree. It holds no module and
     no tensor: copies share it.
@@ -183,7 +183,7 @@ class Plan:
                 now = getattr(owner, name, None)
                 holds = type(now) is type(value) and now == value
             if not holds:
-                return f"{'.'.join((*path, name))} is not what it was when its forward was traced"
+                return f"{'.'.join((*path, name))} has changed since its forward was traced"
         for path in self.alone:
             part = find(module, path)
             if part is None or parts.touched(part):
@@ -191,10 +191,10 @@ class Plan:
         if not torch.compiler.is_compiling():  # a compiler would look into each of the namespaces
             for space, name, value in self.globals:
                 if lookup(space, name) is not value:
-                    return f"{name} is not what it was when its forward was traced"
+                    return f"{name} has changed since its forward was traced"
             for function, code, defaults in self.codes:  # reloaders put another code into the same function
                 if function.__code__ is not code or function.__defaults__ is not defaults:
-                    return f"{function.__name__} is not what it was when its forward was traced"
+                    return f"{function.__name__} has changed since its forward was traced"
         return None
 
 

@@ -1,4 +1,4 @@
-"""Running a model once, so that whatever is made on first use is there."""
+"""Run a model once, so that everything made on first use exists."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from resnet_fused.ops import packed
 
 
 def warmup(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Run ``model(*args, **kwargs)`` once, for what is kept of it: compiled kernels, packed weights, memory.
+    """Run ``model(*args, **kwargs)`` once, so that kernels are compiled, weights packed and memory allocated.
 
     Call it before capturing a CUDA graph, before timing, or before threads share the model, with an input of the shape
-    and dtype to come. It records no gradient; batch statistics and random generators are afterwards what they were.
+    and dtype to come. It records no gradient, and batch statistics and random generators do not change.
     Where the model is on a CUDA device it runs on a side stream of it, and the current stream waits for that.
 
     Equivalent to::

@@ -1,4 +1,4 @@
-"""What the two block ops share: a residual block as data, its schema, its chain of convolutions.
+"""Shared by the two block ops: a residual block as data, its schema, its chain of convolutions.
 
 A residual block is ``relu(conv_n(… relu(conv_1(x)) …) + shortcut)``, each convolution followed by batch norm with given
 statistics. The shortcut is x itself, a projection of x (convolution and batch norm), or a tensor computed elsewhere.
@@ -64,7 +64,7 @@ def run_chain(call: BlockCall, run_conv: RunConv) -> Tensor:
 
 
 def check_block(call: BlockCall) -> None:
-    """Raise ValueError or TypeError, naming the argument, unless the call is sound."""
+    """Raise ValueError or TypeError, naming the argument, unless the call is valid."""
     x = call.x
     check_input(x)
     shape: Shape | None = None
@@ -193,7 +193,7 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
 
 
 def _plan(name: str, call: BlockCall, backend: str) -> _Plan:
-    """Check the call and choose who computes it."""
+    """Check the call and choose its backend."""
     check_block(call)
     strides = eager_strides(eager, call.x, (*call.convs, call.shortcut), call.identity)
     whole = _whole(name, call, backend)
@@ -201,13 +201,13 @@ def _plan(name: str, call: BlockCall, backend: str) -> _Plan:
 
 
 def _whole(name: str, call: BlockCall, backend: str) -> Callable[[BlockCall], Tensor] | None:
-    """Who computes calls like this one as one, where a backend does; None for the chain."""
+    """What computes blocks like this one as one, if there is a backend for it; None for the chain."""
     server = whole(name, call, backend)
     return None if server is None else backends.bind(server, call)
 
 
 def whole(name: str, call: BlockCall, backend: str) -> backends.Server | None:
-    """Who computes this call as one, where a backend does; None for the chain."""
+    """The backend that computes such a block as one, if there is one; None for the chain."""
     if call.x.numel() == 0:
         return None
     candidates: tuple[str, ...] = (backends.check_name(backend),)
@@ -240,7 +240,7 @@ def _eager_whole(call: BlockCall, layout: str | None) -> Tensor:
 
 
 def one_kernel(name: str, call: BlockCall, backend: str) -> bool:
-    """Whether the block is one kernel of the backend asked for; otherwise it is a chain of conv_bn_act.
+    """Whether the block is one kernel of the named backend; otherwise it is a chain of conv_bn_act.
 
     "cuda" alone has such a choice; "auto" stays with the chain, since no GPU has timed the whole-block kernels yet.
     """

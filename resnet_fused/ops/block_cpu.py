@@ -1,6 +1,6 @@
 """Whole residual blocks on the CPU: a chain of fused convolutions over one sub-batch of images at a time.
 
-``bind(call)`` gives a function that computes this call and others with the same weights, as long as nobody writes to
+``bind(call)`` gives a function that computes this call and others with the same weights, as long as nothing writes to
 these, and inputs of the same shapes. It holds what was packed from the weights, not the weights.
 """
 

@@ -1,4 +1,4 @@
-"""What one convolution with its batch norm is, as plain data, and the checks that every op makes on it."""
+"""One convolution with its batch norm, as plain data, and the checks that every op makes on it."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def check_addend(value: Tensor, shape: Shape, x: Tensor, name: str) -> None:
 
 
 def check_call(call: ConvBNActCall) -> None:
-    """Raise ValueError or TypeError, naming the argument, unless the call is sound."""
+    """Raise ValueError or TypeError, naming the argument, unless the call is valid."""
     check_input(call.x)
     shape = check_conv(call.x, call.conv)
     if call.act not in ACTS:

@@ -1,4 +1,4 @@
-"""Fingerprints of tensors' memory: what tells that somebody wrote to a tensor, whichever way.
+"""Fingerprints of tensors' memory: they show that a tensor was written to, in whatever way.
 
 A fingerprint holds one hash for each 64 bytes. :meth:`Watch.unchanged` hashes a few lines of every tensor again, at
 places that move from call to call: a write to a whole tensor is seen at once; a write to a few elements may hide for

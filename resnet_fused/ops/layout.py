@@ -1,4 +1,4 @@
-"""Which strides a result must have: those that PyTorch gives the same eager expression."""
+"""The strides of a result: those that PyTorch gives the same eager expression."""
 
 from __future__ import annotations
 

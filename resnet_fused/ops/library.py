@@ -88,7 +88,7 @@ def transformed() -> bool:
 
 def records(args: Iterable[Any]) -> bool:
     """Whether a gradient is recorded through a call with these arguments. Those on a GPU that get one are likely to be
-    written soon, in ways that nobody counts: what was derived from them is dropped."""
+    written soon, in ways that PyTorch does not count: what was derived from them is dropped."""
     wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad] if torch.is_grad_enabled() else []
     packed.drop(a for a in wanted if a.device.type != "cpu")
     return bool(wanted)

@@ -20,7 +20,7 @@ _at_once = 0
 
 
 def new_kind() -> Hashable:
-    """What tells the values of one maker from those of another in the cache."""
+    """A tag that separates the values of one maker from those of another in the cache."""
     return object()
 
 
@@ -39,7 +39,7 @@ def clear() -> None:
 
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
-    """Pack weights when they are first seen, instead of waiting whether they stay."""
+    """Pack weights at their first call, instead of waiting until they are seen again."""
     global _at_once
     _at_once += 1
     try:

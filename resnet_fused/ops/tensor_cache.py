@@ -7,7 +7,7 @@ One cache for the process, of weak entries and bounded length. An entry serves o
 3. a few elements of each, at places that move from call to call, are what they were (ops/fingerprint.py): the version
    counts neither what is written through ``.data``, numpy or another process, nor what batch norm and some optimizers
    write;
-4. on a GPU, where looking at elements would stop the queue: no optimizer at all has stepped, and nobody has called
+4. on a GPU, where looking at elements would stop the queue: no optimizer at all has stepped, and nothing has called
    :meth:`TensorCache.drop` for them, as the autograd rules and training-mode batch norm do.
 
 Nothing here is locked: single operations of a dictionary are atomic, and two threads that build the same value do no
@@ -195,7 +195,7 @@ _VERSION, _DTYPE, _SHAPE = map(operator.attrgetter, ("_version", "dtype", "shape
 
 
 def _facts(tensors: Tensors) -> _Facts | None:
-    """What the tensors are now; None for some of which that cannot be told."""
+    """The facts of the tensors; None where they cannot be known."""
     present = [t for t in tensors if t is not None]
     if not _PLAIN_TYPES.issuperset(map(type, present)):
         return None

@@ -1,4 +1,4 @@
-"""Fused classifiers on engines that exist: batches of images with Ray Data, requests with Ray Serve.
+"""Fused classifiers on Ray: batches of images with Ray Data, requests with Ray Serve.
 
 Each is short, to be run as it is or copied and changed. They need ``pip install 'resnet-fused[serve]'``.
 """

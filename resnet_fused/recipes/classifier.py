@@ -1,4 +1,4 @@
-"""A classifier with all that belongs to it: its weights, the transform of its images, the names of its classes."""
+"""A classifier with its weights, the transform of its images, and the names of its classes."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def load(model: str, weights: str | None = None) -> Classifier:
     """
     if model.endswith(".safetensors"):
         if weights is not None:
-            raise models.ModelError(f"{model}: holds weights already; leave out {weights!r}, or name a model")
+            raise models.ModelError(f"{model}: already holds weights; leave out {weights!r}, or name a model")
         return _trained(Path(model), None)
     if weights is None:
         raise models.ModelError(f"{model}: need weights, a file or the name of some to download")
@@ -150,15 +150,17 @@ def _trained(path: Path, spec: str | None) -> Classifier:
 
 def _facts(path: Path, metadata: Mapping[str, str]) -> _Facts:
     if checkpoint.FACTS not in metadata:
-        raise CheckpointError(f"{path}: was not written by resnet-fused train; name its model, and this as its weights")
+        raise CheckpointError(
+            f"{path}: was not written by resnet-fused train; name its model, and this file as its weights"
+        )
     facts = checkpoint.mapping(path, metadata[checkpoint.FACTS])
     model, size, classes = (facts.get(key) for key in ("model", "size", "classes"))
     if facts.get("data") == DIGITS:
-        raise CheckpointError(f"{path}: has learnt scikit-learn's digits, not image files")
+        raise CheckpointError(f"{path}: was trained on scikit-learn's digits, not on image files")
     if not isinstance(model, str) or len(model) > 200:
         raise CheckpointError(f"{path}: its metadata names no model")
     if type(size) is not int or size not in SIZES:
-        raise CheckpointError(f"{path}: its metadata says no size of images from 1 to {SIZES[-1]}")
+        raise CheckpointError(f"{path}: its metadata gives no image size from 1 to {SIZES[-1]}")
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(f"{path}: its metadata lists no classes")
     return _Facts(model, size, classes)
@@ -170,7 +172,7 @@ def _built(path: Path, facts: _Facts, spec: str | None) -> nn.Module:
     except models.ModelError as error:
         if spec is not None:
             raise
-        raise CheckpointError(f"{path}: {error}; another model must be named, and this file as its weights") from error
+        raise CheckpointError(f"{path}: {error}; name another model, and this file as its weights") from error
     try:
         transfer.fit_head(model, len(facts.classes))
     except TrainingError as error:

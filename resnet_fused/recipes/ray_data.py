@@ -98,7 +98,7 @@ def classify(folder: str, classifier: Classifier, *, batch: int = 32, actors: in
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Classify and write the table; what cannot be read is told on stderr."""
+    """Classify and write the table; images that cannot be read are reported on stderr."""
     parser = argparse.ArgumentParser(prog="python -m resnet_fused.recipes.ray_data", description=__doc__)
     parser.add_argument("folder", metavar="FOLDER", help="images, in folders within it too")
     parser.add_argument("--model", required=True, help=f"{FORMS}, or the model.safetensors of `resnet-fused train`")

@@ -28,7 +28,7 @@ _SIZE = 2  # bytes of an element: the kernels compute bfloat16 and float16
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the account takes for granted of a device and nobody here has measured.
+    """Assumptions of the account about a device, none of them measured.
 
     mma: the part of the device's matrix rate that mma.sync reaches. The rest are an H200's figures: multiprocessors,
     clock, bytes of shared memory that one of them reads in a clock, bytes that L2 gives in a second.
@@ -157,7 +157,7 @@ def contender_l2_bytes(
 
 
 def with_changes(kernel: Mapping[str, Any], n: int, side: int, *, shared_weights: bool, wgmma: bool) -> float:
-    """Seconds that the account predicts for a kernel that nobody has written.
+    """Seconds that the account predicts for a kernel that does not exist.
 
     shared_weights: clusters of two blocks read their weights through L2 once for both. wgmma: the full matrix rate; a
     group of four warps takes 64 rows, which come from shared memory once, with the weights once for each 64 rows;

@@ -72,7 +72,7 @@ def check(
         raise ComparisonError("the shapes of eager's outputs change with its rounding, so they cannot be compared")
     try:
         got = flatten(fused(*_map(inputs, Tensor.clone)))
-    except Exception as raised:  # whatever it is, the verdict tells it
+    except Exception as raised:  # the verdict reports it, whatever it is
         return Verdict(name, kind, backend, None, f"raised {type(raised).__name__}: {raised}")
     if got.keys() != expected.keys():
         return Verdict(name, kind, backend, None, f"outputs {sorted(got)}, eager's {sorted(expected)}")

@@ -51,7 +51,7 @@ def survey(names: Iterable[str] = FAMILIES, limit: int | None = None) -> Iterato
     """Measure the models of these families, one by one; after each, the family's row so far and the model.
 
     Args:
-        names: keys of ``FAMILIES``. One whose package is not installed gives a row that says so.
+        names: keys of ``FAMILIES``. A family whose package is not installed gives a row that says so.
         limit: at most this many models of each family, spread over its list.
     """
     for name in names:

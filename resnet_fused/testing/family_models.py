@@ -1,4 +1,4 @@
-"""Models of each family with random weights and small images; a family's package is imported when it is asked for."""
+"""Models of each family with random weights and small images; a family's package is imported with its models."""
 
 from __future__ import annotations
 

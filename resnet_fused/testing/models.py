@@ -139,7 +139,7 @@ def _imported(module_name: str, name: str) -> nn.Module:
         raise ModelError(f"model {spec!r}: got {type(target).__name__}, need a callable that returns a module")
     try:
         made = target()
-    except Exception as error:  # whatever the user's code raises is told in one line
+    except Exception as error:  # whatever the user's code raises is reported in one line
         raise ModelError(f"model {spec!r}: calling it raised {type(error).__name__}: {error}") from error
     if not isinstance(made, nn.Module):
         raise ModelError(f"model {spec!r}: it returned {type(made).__name__}, need a torch.nn.Module")

@@ -1,4 +1,4 @@
-"""What every CUDA kernel costs an architecture, from the compiler's own report: no GPU is needed.
+"""The resources of every CUDA kernel on an architecture, from the compiler's own report: no GPU is needed.
 
 The build keeps that report in the compiled library. ``python -m resnet_fused.testing.static_budget`` prints one line
 for each kernel and architecture: registers, spills, shared memory and how many blocks a multiprocessor holds.

@@ -39,7 +39,7 @@ def saved_bytes(model: Callable[..., Tensor], *inputs: Tensor, own: Iterable[Ten
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(*inputs)
     if not output.requires_grad:
-        raise ValueError("model: nothing in it wants a gradient")
+        raise ValueError("model: no parameter requires a gradient")
     pack(output)
     return sum(found.values())
 

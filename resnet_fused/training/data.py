@@ -1,4 +1,4 @@
-"""What is learnt: images with their classes. Augmentation is a function of the seed, the epoch and the image alone.
+"""Training data: images with their classes. Augmentation is a function of the seed, the epoch and the image alone.
 
 So nothing about the data needs to be kept in a checkpoint but how far the run has come, whatever loads the images.
 """
@@ -81,7 +81,7 @@ class Data:
 class Keyed(Dataset[Any]):
     """``images`` by (epoch, index): every draw in an image's augmentation follows from these two and the seed.
 
-    A broken image comes as the DataError itself, so that it reaches the run unchanged from whichever process read it.
+    A broken image comes as the DataError itself, so that it reaches the run unchanged from the process that read it.
     """
 
     def __init__(self, images: Images, seed: int) -> None:

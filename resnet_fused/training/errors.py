@@ -1,12 +1,12 @@
-"""What may go wrong with a training run for a reason that its user can mend."""
+"""Errors of a training run that its user can fix."""
 
 
 class TrainingError(Exception):
-    """The run cannot go on; the message is the one line that its user reads."""
+    """The run cannot go on; the message is the one line that the user reads."""
 
 
 class DataError(TrainingError):
-    """A folder or an image is not what it must be; the message begins with its path."""
+    """A folder or an image cannot be used; the message begins with its path."""
 
 
 class CheckpointError(TrainingError):

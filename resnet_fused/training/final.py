@@ -1,4 +1,4 @@
-"""The last word on a trained model: eager and fused on every test image."""
+"""The final comparison of a trained model: eager and fused on every test image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image files and request bodies, opened for everybody in one way: within bounds, upright, in 8-bit RGB.
+"""Image files and request bodies, opened in one way: within bounds, upright, in 8-bit RGB.
 
 Whatever the bytes are, reading them ends in an image or in an ImageError, for at most ``MAX_BYTES`` read and
 ``MAX_PIXELS`` decoded, within ``MAX_MEMORY``. Sizes are taken from the header, before any pixel is decoded.
@@ -216,7 +216,7 @@ def _exif(image: Any) -> bytes:
 
 
 def _orientation(exif: bytes) -> int:
-    """1 to 8, as EXIF numbers them; 1 where nothing or nonsense is said. Only this one tag is looked at."""
+    """1 to 8, as EXIF numbers them; 1 where the tag is missing or invalid. Only this one tag is looked at."""
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     try:
         if order is None:

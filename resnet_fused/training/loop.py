@@ -217,7 +217,7 @@ class Trainer:
             raise ValueError(f"step is {step!r}, need one from 0 to {self.steps}")
         numbers = all(isinstance(row[key], (int, float)) for row in history for key in _ROW)
         if not isinstance(history, list) or not numbers or len(history) > step // self.steps_per_epoch:
-            raise ValueError("its history is not that of so many steps")
+            raise ValueError("its history does not fit its number of steps")
         self.model.load_state_dict({n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)})
         parameters = self.optimizer.param_groups[0]["params"]
         momenta: dict[int, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Files of weights, whoever wrote them: read within bounds, and never as code."""
+"""Files of weights from any source: read within bounds, and never as code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a measured choice depends on: another device, driver or library version has a table of its own."""
+"""The environment of a measured choice: each device, driver and library version has a table of its own."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def path_for(environment: dict[str, str]) -> Path:
 
 
 def cpu_name() -> str:
-    """The CPU's model, or its architecture where the system does not tell."""
+    """The CPU's model, or its architecture where the system does not give the model."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""From a call to what its table says: the hook of ``backends.choose``."""
+"""Find the table's entry for a call: the hook of ``backends.choose``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def observed() -> bool:
 
 
 def find(op: str, call: Any) -> Found | None:
-    """What the table of the call's device says about this call; None where it says nothing."""
+    """The table's entry for this call on its device; None where there is none."""
     if op not in OPS:
         return None
     if _trial is not None and _trial[0] == op:
@@ -158,7 +158,7 @@ def _table(device: torch.device) -> dict[str, Entry]:
             try:
                 entries |= table.load(environment.path_for(facts), facts)
             except OSError as error:
-                table.warn_once(f"no tuning table of the user's own is read: {error}")
+                table.warn_once(f"the user's tuning table is not read: {error}")
         tables[at] = entries
     return tables[at]
 
@@ -214,7 +214,7 @@ def trial(op: str, found: Found) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording(recorder: Recorder, *, read: bool = False) -> Iterator[None]:
-    """``recorder`` is told each call that a table could decide, with the op's name. Tables are not read meanwhile
+    """``recorder`` gets each call that a table could decide, with the op's name. Tables are not read meanwhile
     unless ``read``: the calls are then those that are made once what the tables say is followed."""
     global _recorder, _read_on
     forget()

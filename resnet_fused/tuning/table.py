@@ -111,7 +111,7 @@ def load(path: Path, environment: Mapping[str, str]) -> dict[str, Entry]:
 
 @functools.cache
 def warn_once(line: str) -> None:
-    """Say it in this process once, however often the tables are read."""
+    """Warn once in this process, however often the tables are read."""
     logger.warning("%s", line)
 
 

@@ -33,7 +33,7 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of one call: the entry of the table, and why candidates were left out of the comparison.
+    """The result for one call: the table's entry, and why candidates were left out of the comparison.
 
     ``measured`` is False where the table had the entry already.
     """
@@ -90,7 +90,7 @@ def tune(
 
     Raises:
         ValueError: no fused op ran.
-        OSError: the table cannot be written; said before anything is measured.
+        OSError: the table cannot be written; raised before anything is measured.
     """
     check_cache()
     calls = record(model, *inputs)
@@ -225,7 +225,7 @@ def _tune_call(op: str, call: Any, repeats: int, max_seconds: float, sample: Sam
         try:
             run = runner(op, call, entry)
             problem = gate.problem(run)
-        except Exception as error:  # one candidate's failure does not end the run; it is told in the result
+        except Exception as error:  # one candidate's failure does not end the run; the result reports it
             problem = f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if problem is None:
             entries[label(entry)], runs[label(entry)] = entry, run

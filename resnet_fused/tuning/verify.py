@@ -1,4 +1,4 @@
-"""Whether what ``backend="auto"`` picks is no slower than eager PyTorch, call by call."""
+"""Compare the choice of ``backend="auto"`` with eager PyTorch, call by call."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def verify(
     sample: Sample | None = None,
     progress: Callable[[int, int, Comparison], None] | None = None,
 ) -> list[Comparison]:
-    """Measure each distinct call that ``model(*inputs)`` makes, as "auto" runs it, beside eager in both memory formats.
+    """Measure each distinct call that ``model(*inputs)`` makes, as "auto" runs it, and eager in both memory formats.
 
     Eager has its weights in its format, and in NCHW its inputs too, at no cost, as in a model left in that format. In
     channels_last it gets them as they come: they lie so already but for the model's images. Nothing is written.

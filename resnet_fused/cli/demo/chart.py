@@ -1,4 +1,4 @@
-"""The demo's chart: milliseconds of every block, eager beside fused, one panel per model."""
+"""The demo's chart: milliseconds of every block, eager and fused, one panel per model."""
 
 from __future__ import annotations
 

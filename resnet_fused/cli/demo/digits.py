@@ -77,7 +77,7 @@ def run(config: Config, device: torch.device, out: Console) -> dict[str, Any]:
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """What in ``result`` the demo must not let pass."""
+    """The faults in ``result`` that make the demo fail."""
     found = []
     if result["accuracy"] < LEAST_ACCURACY:
         found.append(f"accuracy on held-out digits is {result['accuracy']:.2%}, need {LEAST_ACCURACY:.0%}")

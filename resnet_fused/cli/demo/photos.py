@@ -1,4 +1,4 @@
-"""The demo's second part: ResNets over crops of two photographs, eager beside fused, whole and block by block."""
+"""The demo's second part: ResNets over crops of two photographs, eager and fused, whole and block by block."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def time_blocks(candidates: dict[str, tuple[nn.Module, Tensor]], config: Config,
 
 
 def failures(results: list[dict[str, Any]]) -> list[str]:
-    """What in ``results`` the demo must not let pass."""
+    """The faults in ``results`` that make the demo fail."""
     return [f"{r['model']} in {r['dtype']}: {r['verdict']}" for r in results if not r["verdict"]["ok"]]
 
 

@@ -1,4 +1,4 @@
-"""What the demo times: eager and fused, in both memory layouts."""
+"""The demo's candidates: eager and fused, in both memory formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The block classes that we know: one table per model family, looked up by the class's module path and name.
+"""The known block classes: one table per model family, looked up by the class's module path and name.
 
 A table names classes and says where their parts are, so a family whose package is not installed costs nothing.
 """
@@ -144,7 +144,7 @@ def _own_methods(cls: type[nn.Module], base: type, names: tuple[str, ...]) -> bo
 
 def _called_plainly(cls: type[nn.Module]) -> bool:
     """Whether a call of such a module is a call of its forward, its attributes are found as nn.Module finds them, and
-    a class can be derived from it without anybody's metaclass at work."""
+    a class can be derived from it without a metaclass that interferes."""
     plain = all(getattr(cls, name) is getattr(nn.Module, name) for name in _MACHINERY)
     return plain and type(cls) in (type, ABCMeta)
 

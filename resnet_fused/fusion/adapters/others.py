@@ -1,4 +1,4 @@
-"""Families that are a line each: MONAI in two dimensions, and refused relatives.
+"""Families of one line each: MONAI in two dimensions, and refused relatives.
 
 torchreid, chenyaofo's, kuangliu's and akamaster's CIFAR ResNets need no table: their forward is read (``source.py``).
 """

@@ -101,7 +101,7 @@ def _layer_getter_refusal(module: nn.Module) -> str | None:
         return "its first layers are not conv1, bn1 and relu"
     wanted: Any = module.return_layers
     if "conv1" in wanted or "bn1" in wanted:
-        return "it returns what is inside the stem"
+        return "it returns a tensor from inside the stem"
     return None
 
 

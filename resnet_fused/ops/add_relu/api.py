@@ -17,7 +17,7 @@ OP = library.define("add_relu", SCHEMAS["add_relu"])
 
 
 def call_op(a: Tensor, b: Tensor, backend: str) -> Tensor:
-    """Call the registered op; what aten does under function transforms."""
+    """Call the registered op; aten's ops under function transforms."""
     if library.transformed():
         return _fake(a, b, backend)
     return OP(a, b, backend)  # type: ignore[no-any-return]

@@ -21,7 +21,7 @@ class AddReLUCall(NamedTuple):
 
 
 def check_call(call: AddReLUCall) -> None:
-    """Raise ValueError or TypeError, naming the argument, unless the call is sound."""
+    """Raise ValueError or TypeError, naming the argument, unless the call is valid."""
     a, b = call
     if not a.is_floating_point():
         raise TypeError(f"a: got {a.dtype}, need a floating-point dtype")

@@ -80,14 +80,14 @@ def empty_output(x: Tensor) -> Tensor:
 
 
 def written(*vectors: Tensor | None) -> None:
-    """Tell autograd that a kernel of ours wrote these, so that a gradient that needs the old values says so."""
+    """Tell autograd that a kernel of this package wrote these, so that a gradient that needs the old values says so."""
     for vector in vectors:
         if vector is not None and not vector.is_inference():
             torch.autograd.graph.increment_version(vector)
 
 
 def check_call(call: BatchNormCall) -> None:
-    """Raise ValueError or TypeError, naming the argument, unless the call is sound."""
+    """Raise ValueError or TypeError, naming the argument, unless the call is valid."""
     x = call.x
     check_input(x)
     channels = x.shape[1]

@@ -45,7 +45,7 @@ def supports(call: BlockCall) -> str | None:
         return "its whole-block kernel is for 1x1, 3x3 and 1x1 convolutions without groups or dilation"
     channels = (conv1.weight.shape[0], conv3.weight.shape[0]) == (mid, 4 * mid)
     if mid not in _MIDS or not channels or x.shape[1] % 64 or (shortcut is None and stride != (1, 1)):
-        return "its whole-block kernel has not these channels, stride and shortcut"
+        return "it has no whole-block kernel for these channels, stride and shortcut"
     return None
 
 

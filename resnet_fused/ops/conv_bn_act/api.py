@@ -19,7 +19,7 @@ _CHANNELS_LAST, _SCALED = packed.new_kind(), packed.new_kind()
 
 
 def call_op(x: Tensor, conv: ConvBN, residual: Tensor | None, act: str, backend: str) -> Tensor:
-    """Call the registered op, or its kernel where nobody could tell; what aten does under function transforms."""
+    """Call the registered op, or its kernel where nothing else would happen; aten's ops under function transforms."""
     if library.transformed():
         call = ConvBNActCall(x, conv, residual, act)
         check_call(call)

@@ -18,7 +18,7 @@ _MOST_TRIED = 4096
 def supports(call: ConvBNActCall) -> str | None:
     """Why cuDNN cannot compute this call, or None when it can.
 
-    Which shapes its fused convolutions take no table tells, so each problem is tried once. That is not done while a
+    No table lists the shapes that its fused convolutions take, so each problem is tried once. That is not done while a
     CUDA graph is captured: ``resnet_fused.warmup`` comes before.
     """
     reason = _unsuitable(call)

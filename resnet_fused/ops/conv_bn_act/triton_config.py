@@ -14,7 +14,7 @@ import torch
 
 
 class Problem(NamedTuple):
-    """What a launch choice depends on. c and k count the channels of one group, p and q the output's rows, columns."""
+    """What decides a launch choice. c and k count the channels of one group, p and q the output's rows, columns."""
 
     dtype: torch.dtype
     precision: str  # of float32 products: "ieee" or "tf32"
@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """What a launch choice knows of the device."""
+    """The device's facts for a launch choice."""
 
     capability: int  # 80, 90, 100
     processors: int
@@ -284,5 +284,5 @@ def cost(problem: Problem, config: ConvConfig, arch: Architecture) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, arch: Architecture) -> ConvConfig:
-    """The config that a call runs with unless told otherwise: the cheapest valid one."""
+    """The default config of a call: the cheapest valid one."""
     return min(valid(problem, arch), key=lambda config: cost(problem, config, arch))

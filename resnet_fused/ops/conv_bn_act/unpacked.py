@@ -1,4 +1,4 @@
-"""conv_bn_act with weights that nobody packed, since they may be new at each call.
+"""conv_bn_act with weights that are not packed, because they may be new at each call.
 
 On a CPU the compiled library takes the weight as it lies, where it can. Everything else, gradients included, is left to
 operations of aten, also where the input is channels_last and the weight is not: aten then copies the weight at each

@@ -1,4 +1,4 @@
-"""What is timed in inference: every op on every ResNet shape, every distinct residual block, whole models."""
+"""The cases of inference: every op on every ResNet shape, every distinct residual block, whole models."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Case:
             first, *others = (torch.randn(images, *shape[1:]) for shape in self.shapes)
             try:
                 calibrate(_Bound(module, others), first, perturb=True, seed=seed)
-            except Exception as error:  # whatever a user's model raises is told in one line
+            except Exception as error:  # whatever a user's model raises is reported in one line
                 text = f"{self.model} does not run on an input {self.shapes[0]}: {type(error).__name__}: {error}"
                 raise ComparisonError(text) from error
         return module.to(device, self.dtype), tuple(x.to(device, self.dtype) for x in inputs)

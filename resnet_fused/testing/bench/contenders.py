@@ -1,4 +1,4 @@
-"""Who is timed: eager PyTorch as users run it, the strongest baselines that they can reach, and ours."""
+"""The contenders: eager PyTorch as users run it, the strongest baselines that they can reach, and this package."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def _onnxruntime(case: Case, module: nn.Module, inputs: tuple[Tensor, ...]) -> C
         program: Any = torch.onnx.export(module, inputs, dynamo=True, verbose=False)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads slow whoever comes next
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads slow the next contender
     session = runtime.InferenceSession(
         program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -1,4 +1,4 @@
-"""Where a figure was taken: what would have to be the same for it to come out again."""
+"""The environment of a figure: all that has to be the same to measure it again."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def commit(root: Path) -> str:
 
 
 def _peers() -> dict[str, str]:
-    """Versions of who else is timed, and digests of the files with a user's backends."""
+    """Versions of the peers, and digests of the files with a user's backends."""
     return {name: _version(name) for name in PEERS} | registry.LOADED
 
 

@@ -46,7 +46,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one case: its rows, none when they were in the file already."""
+    """The result of one case: its rows, none when they were in the file already."""
 
     case: Case
     rows: list[dict[str, Any]]
@@ -78,7 +78,7 @@ def run(
     """Measure the cases one after another and write each one's rows to ``path`` before going on.
 
     A case whose rows are in the file already, for the same environment and commit, does not run again unless ``fresh``.
-    ``told`` hears what is going on within a case.
+    ``told`` is called with the progress within a case.
     """
     plan = plan or Plan()
     done = set() if fresh else store.measured(path)
@@ -103,7 +103,7 @@ def measure_case(
     plan: Plan,
     told: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """The rows of one case: figures for whoever passed the gate, a reason for the others."""
+    """The rows of one case: figures for the contenders that passed the gate, a reason for the others."""
     if "torch._dynamo" in sys.modules:  # its limit of compilations holds per forward function, not per module
         torch.compiler.reset()
     try:
@@ -205,7 +205,7 @@ def enter(
             return Entrant("absent", note=str(reason))
         except torch.OutOfMemoryError:
             return Entrant("absent", note="out of memory")
-        except Exception as raised:  # one contender's failure does not end the run; it is told in its row
+        except Exception as raised:  # one contender's failure does not end the run; its row reports it
             text = f"raised {type(raised).__name__}: {' '.join(str(raised).split())[:300]}"
             return Entrant("red" if is_ours(name) else "absent", note=text)
 

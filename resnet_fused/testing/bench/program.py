@@ -1,4 +1,4 @@
-"""A run of the benchmark: what was asked for, measured case by case into the results file, and printed."""
+"""A run of the benchmark: the chosen cases, measured one by one into the results file, and printed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """The rows of every case asked for, an earlier run's included; how many are new, and the file that they are in."""
+    """The rows of every chosen case, an earlier run's included; how many are new, and the file that they are in."""
 
     rows: list[store.Row]
     added: int
@@ -105,7 +105,7 @@ def _execute(options: Options, out: Console, machine: Machine | None) -> Result:
 
 
 def _tell(outcome: measure.Outcome, out: Console) -> None:
-    """A line where no bar shows, what was red, and what was unsupported."""
+    """Print a line where no bar shows, the red contenders, and the unsupported ones."""
     if not out.is_terminal:
         state = "in the file already" if outcome.resumed else f"{len(outcome.rows)} rows"
         out.print(f"{outcome.case.suite}: {outcome.case.id}: {state}", markup=False)

@@ -68,7 +68,7 @@ def read(path: Path) -> tuple[list[Row], list[str]]:
 
 
 def _problem(fields: Sequence[str], header: Sequence[str]) -> str | None:
-    """Why these fields are no row, or None. A row is one line: what is broken in one leaves the next alone."""
+    """Why these fields are no row, or None. A row is one line, so a broken one does not affect the next."""
     if len(fields) != len(header):
         return f"{len(fields)} fields, need {len(header)}"
     row = dict(zip(header, fields, strict=True))

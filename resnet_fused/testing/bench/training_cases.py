@@ -1,4 +1,4 @@
-"""What is timed in training: one step forward and backward, of the batch-norm op and of whole models."""
+"""The cases of training: one step forward and backward, of the batch-norm op and of whole models."""
 
 from __future__ import annotations
 
