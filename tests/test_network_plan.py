@@ -243,7 +243,9 @@ class Twice(nn.Module):
 
 
 CHANGES: dict[str, Change] = {
-    "forward of a conv": lambda m: _set(m.layer1[0].conv1, "forward", lambda x: 2 * nn.Conv2d.forward(m.layer1[0].conv1, x)),
+    "forward of a conv": lambda m: _set(
+        m.layer1[0].conv1, "forward", lambda x: 2 * nn.Conv2d.forward(m.layer1[0].conv1, x)
+    ),
     "forward of a block": lambda m: _set(m.layer1[0], "forward", lambda x: torch.cat([x] * 4, 1)),
     "forward of a stage": lambda m: _set(m.layer2, "forward", lambda x: 2 * nn.Sequential.forward(m.layer2, x)),
     "forward of the pool": lambda m: _set(m.maxpool, "forward", lambda x: 2 * nn.MaxPool2d.forward(m.maxpool, x)),

@@ -113,7 +113,7 @@ class FusedStem(FusedModule):
         return x
 
     def _rf_planned(self, x: Any, names: Sequence[str]) -> Tensor | None:
-        """The stem and then the modules of these names, flattened to ``[N, features]``, by one plan; None without one."""
+        """The stem and then the modules of these names, flattened to ``[N, features]``, by one plan if any."""
         return network_plan.run(self, x, names)
 
     def _rf_run_features(self, x: Tensor, layers: Sequence[nn.Module]) -> Tensor:

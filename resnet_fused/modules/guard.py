@@ -86,11 +86,11 @@ class Guard:
         self._root_keys = ("_modules", *names)
         self._root_values = tuple(root.__dict__.get(key, _ABSENT) for key in self._root_keys)
 
-        slots = [*_children(root, names)]
+        slots: list[Slot] = [*_children(root, names)]
         sized: list[dict[str, Any]] = []
         for module in self._modules:
             slots += _slots(module, sized)
-        self._holders, self._slots, self._values = zip(*slots, strict=True) if slots else ((), (), ())
+        self._holders, self._slots, self._values = (tuple(column) for column in zip(*slots, strict=True))
         self._sized, self._lengths = tuple(sized), list(map(len, sized))
         self._hooks = tuple(d[name] for d in self._dicts for name in _HOOKS)
         here = set(map(id, self._values))

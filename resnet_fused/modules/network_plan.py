@@ -96,7 +96,7 @@ class _Network:
 def _attempt(root: FusedModule, x: Tensor, names: Sequence[str]) -> _Network | None:
     """A new network; None where none may be made, which is not tried again at each of the next calls."""
     prepared = root._rf_state.prepared
-    if prepared.wait > 0:
+    if prepared.wait > 0 and not torch.are_deterministic_algorithms_enabled():
         prepared.wait -= 1
         return None
     network = _read(root, x, names)
@@ -152,11 +152,7 @@ def _steps(root: Any, x: Tensor, names: Sequence[str]) -> tuple[tuple[Step, ...]
     for module in [module for layer in layers for module in _in_turn(layer)]:
         if isinstance(module, FusedModule):
             step = _block(module, x) if _called_as_ours(module) else None
-            own: Any = module._rf_state
-            if step is None or (own.backend, own.channels_last) != (
-                root._rf_state.backend,
-                root._rf_state.channels_last,
-            ):
+            if step is None or _options(module) != _options(root):
                 return None
             steps.append(step)
         elif not guards.idle(module):
@@ -174,6 +170,10 @@ def _own_names(state: FusedState) -> tuple[str, ...]:
     return tuple(name for path, names in state.spec.children if not path for name in names)
 
 
+def _options(module: FusedModule) -> tuple[str, bool]:
+    return module._rf_state.backend, module._rf_state.channels_last
+
+
 def _called_as_ours(module: nn.Module) -> bool:
     """Whether a call of ``module`` is one of FusedBlock.forward, and of nothing around it."""
     cls: Any = type(module)
@@ -185,7 +185,7 @@ def _in_turn(layer: nn.Module) -> list[nn.Module]:
     """``layer``, or what it runs in turn, at any depth: what is in a Sequential."""
     if type(layer) is not nn.Sequential or guards.touched(layer):
         return [layer]
-    return [module for child in layer._modules.values() for module in _in_turn(child)]  # type: ignore[arg-type]
+    return [module for child in layer._modules.values() for module in _in_turn(child)]
 
 
 def _block(block: Any, x: Tensor) -> Residual | None:

@@ -192,6 +192,7 @@ class _Layout:
         """Place and shape of what the step gives."""
         if isinstance(step, Residual):
             return self._residual(step, at, shape, last)
+        out: Shape
         if isinstance(step, Conv):
             out = output_shape(step.conv, shape)
             to = self._take(out, last)
@@ -208,6 +209,7 @@ class _Layout:
 
     def _residual(self, step: Residual, at: int, shape: Shape, last: bool) -> tuple[int, Shape]:
         hidden, now = at, shape
+        out: Shape
         for conv in step.convs[:-1]:
             out = output_shape(conv, now)
             to = self._take(out, False)

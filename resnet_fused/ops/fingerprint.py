@@ -104,7 +104,7 @@ def facts(tensors: Sequence[Tensor]) -> Any:
 def facts_hold(seen: Any, tensors: Sequence[Tensor]) -> bool:
     """Whether all of that is as it was."""
     if isinstance(seen, list):
-        return seen == facts(tensors)
+        return bool(seen == facts(tensors))
     return torch.ops.resnet_fused_cpu.tensor_facts_hold.default(seen, tensors)  # type: ignore[no-any-return]
 
 

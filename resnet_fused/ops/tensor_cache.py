@@ -103,8 +103,8 @@ class TensorCache:
         return value
 
     def settled(self, tensors: Tensors, asker: Hashable = None) -> bool:
-        """Whether an earlier call of this by the same asker saw the tensors as they are now, so that what is derived from them may last.
-        Weights that are new at each call are never settled."""
+        """Whether an earlier call of this by the same asker saw the tensors as they are now, so that what is derived
+        from them may last. Weights that are new at each call are never settled."""
         facts = _facts(tensors)
         if facts is None:
             return False
