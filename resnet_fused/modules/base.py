@@ -45,6 +45,7 @@ class FusedModule(nn.Module):
 
         Needed only after writes that neither PyTorch counts nor a look at some elements finds: :func:`refresh`.
         """
+        self._rf_state.prepared.drop()
         packed.drop(tuple(t for part in self._rf_parts() for t in (*part.parameters(), *part.buffers())))
 
     def train(self: M, mode: bool = True) -> M:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from resnet_fused import functional
 from resnet_fused.backends import AUTO
-from resnet_fused.modules import guards, live, parts
+from resnet_fused.modules import guards, live, network_plan, parts
 from resnet_fused.modules.base import FusedModule, derived_class
 from resnet_fused.modules.live import Called, Pair, Parts, Projection, Shortcut
 from resnet_fused.modules.matched import Matched
@@ -44,6 +44,9 @@ class FusedBlock(FusedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if len(args) == 1 and not kwargs else _argument(self, args, kwargs)
+        planned = network_plan.run(self, x)
+        if planned is not None:
+            return planned
         found = _parts(self, x)
         if found is None:
             return own_forward(self, *args, **kwargs)  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.modules import depth_first, guards, live, parts
+from resnet_fused.modules import depth_first, guards, live, network_plan, parts
 from resnet_fused.modules.base import FusedModule
 from resnet_fused.modules.spec import BlockSpec, FusedState, find
 from resnet_fused.ops.convbn import ACTS
@@ -97,6 +97,8 @@ class FusedStem(FusedModule):
     The modules stay its own submodules, and its class's own methods run wherever the stem may not be bypassed.
     """
 
+    _rf_whole = False  # whether all of it but the classifier may be one plan
+
     def _rf_parts(self) -> Iterable[nn.Module]:
         return [m for pair in self._rf_state.spec.pairs for keys in pair if (m := find(self, keys)) is not None]
 
@@ -109,6 +111,10 @@ class FusedStem(FusedModule):
         for conv, norm in pairs:
             x = parts.step(x, conv, norm, "relu", None, self._rf_state.backend)
         return x
+
+    def _rf_planned(self, x: Any, names: Sequence[str]) -> Tensor | None:
+        """The stem and then the modules of these names, flattened to ``[N, features]``, by one plan if any."""
+        return network_plan.run(self, x, names)
 
     def _rf_run_features(self, x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
         """The stem and then ``layers``, flattened to ``[N, features]``; large batches on the CPU depth first."""

@@ -36,6 +36,8 @@ class ResNet(FusedStem):
         ValueError: ``replace_stride_with_dilation`` or ``planes`` has not one entry per stage as above.
     """
 
+    _rf_whole = True
+
     def __init__(
         self,
         block: Callable[..., nn.Module],
@@ -119,8 +121,11 @@ class ResNet(FusedStem):
                 nn.init.constant_(last.weight, 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        stages: Any = [self._modules[name] for name in self.stages]
-        return self.fc(self._rf_run_features(x, [self.maxpool, *stages, self.avgpool]))  # type: ignore[no-any-return]
+        features = self._rf_planned(x, ("maxpool", *self.stages, "avgpool"))
+        if features is None:
+            stages: Any = [self._modules[name] for name in self.stages]
+            features = self._rf_run_features(x, [self.maxpool, *stages, self.avgpool])
+        return self.fc(features)  # type: ignore[no-any-return]
 
 
 def resnet18(**options: Any) -> ResNet:

@@ -104,13 +104,32 @@ BASIC_BLOCK = extended(BlockSpec.of("conv1 conv2", "bn1 bn2", "relu", "downsampl
 BOTTLENECK = extended(BlockSpec.of("conv1 conv2 conv3", "bn1 bn2 bn3", "relu", "downsample"), adds="+=")
 
 
+class Prepared:
+    """What was prepared for one module, filled by ``network_plan``: a copy or a pickle of it is empty."""
+
+    network: Any = None
+    failures = 0  # in a row
+    wait = 0  # calls until the next attempt
+
+    def drop(self) -> None:
+        self.network = None
+
+    def __deepcopy__(self, memo: Any) -> Prepared:
+        return Prepared()
+
+    def __reduce__(self) -> Any:
+        return Prepared, ()
+
+
 @dataclass(frozen=True)
 class FusedState:
     """The state of a fused module besides its parameters: no tensor, nothing derived from one.
 
     recompute is what training computes again in the backward pass instead of keeping it: None, "activations" or
     "last_conv". channels_last: whether feature maps become that where norms use given statistics (parts.feature_map).
-    matched are the functions of the class that spec was read from, None where the class is ours.
+    matched are the functions of the class that spec was read from, None where the class is ours. cuda_graph: whether
+    the plan of a whole network is replayed from a CUDA graph. prepared is what ``network_plan`` made for this module;
+    no copy has it.
     """
 
     spec: BlockSpec
@@ -118,3 +137,5 @@ class FusedState:
     recompute: str | None = None
     channels_last: bool = True
     matched: Matched | None = None
+    cuda_graph: bool = False
+    prepared: Prepared = field(init=False, default_factory=Prepared, repr=False, compare=False)

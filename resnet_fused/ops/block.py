@@ -169,7 +169,7 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
         run = _whole(name, call, backend)
         if run is None:
             return run_chain(call, lambda c: conv_bn_act.compute(c, backend))
-        return with_strides(run(call), eager_strides(_eager, x, (*call.convs, call.shortcut), identity))
+        return with_strides(run(call), eager_strides(eager, x, (*call.convs, call.shortcut), identity))
     convs = call.convs if call.shortcut is None else (*call.convs, call.shortcut)
     tensors = call.tensors()[1:]
     kind = (name, call.shortcut is None, *[conv[6:] for conv in convs])
@@ -195,12 +195,18 @@ def _compute(name: str, call: BlockCall, backend: str) -> Tensor:
 def _plan(name: str, call: BlockCall, backend: str) -> _Plan:
     """Check the call and choose its backend."""
     check_block(call)
-    strides = eager_strides(_eager, call.x, (*call.convs, call.shortcut), call.identity)
+    strides = eager_strides(eager, call.x, (*call.convs, call.shortcut), call.identity)
     whole = _whole(name, call, backend)
     return _Plan(whole or (lambda now: run_chain(now, lambda c: conv_bn_act.compute(c, backend))), strides)
 
 
 def _whole(name: str, call: BlockCall, backend: str) -> Callable[[BlockCall], Tensor] | None:
+    """What computes blocks like this one as one, if there is a backend for it; None for the chain."""
+    server = whole(name, call, backend)
+    return None if server is None else backends.bind(server, call)
+
+
+def whole(name: str, call: BlockCall, backend: str) -> backends.Server | None:
     """The backend that computes such a block as one, if there is one; None for the chain."""
     if call.x.numel() == 0:
         return None
@@ -211,21 +217,17 @@ def _whole(name: str, call: BlockCall, backend: str) -> Callable[[BlockCall], Te
         if by == lookup.CHAIN:
             return None
         if by == backends.Backend.REFERENCE and layout in (None, *lookup.LAYOUTS):
-            return lambda now: _eager_whole(now, layout)
+            return lookup.Configured(_eager_whole, layout)
         server = None if found is None else backends.tuned(name, call, found)
         if server is not None:
-            return _bind(server, call)
+            return server
         candidates = ("cpu", "onednn") if call.x.device.type == "cpu" else ()
     for candidate in candidates:
         if backends.refusal(name, candidate, call) is None:
-            return _bind(backends.choose(name, call, candidate, ()), call)
+            return backends.choose(name, call, candidate, ())
         if backends.implementation("conv_bn_act", candidate) is None:
             backends.choose(name, call, candidate, ())  # nor can it be a chain: raises, saying why
     return None
-
-
-def _bind(server: Any, call: BlockCall) -> Callable[[BlockCall], Tensor]:
-    return server.bind(call) if hasattr(server, "bind") else server.run  # type: ignore[no-any-return]
 
 
 def _eager_whole(call: BlockCall, layout: str | None) -> Tensor:
@@ -245,7 +247,7 @@ def one_kernel(name: str, call: BlockCall, backend: str) -> bool:
     return backends.check_name(backend) == "cuda" and backends.refusal(name, backend, call) is None
 
 
-def _eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:
+def eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:
     *main, shortcut = convs
     return run_chain(BlockCall(x, tuple(c for c in main if c is not None), shortcut, addend), reference.outline)
 

@@ -13,7 +13,7 @@ import functools
 import itertools
 import struct
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,20 @@ class Glance:
 
     def _look(self) -> int:
         return int(_functions()[2](self._rows.buffer_info()[0], self._count, 0))
+
+
+def facts(tensors: Sequence[Tensor]) -> Any:
+    """Where these tensors are, their dtypes, shapes and strides, for :func:`facts_hold`: what versions do not count."""
+    if extension.missing() is None:
+        return torch.ops.resnet_fused_cpu.tensor_facts.default(tensors)
+    return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
+
+
+def facts_hold(seen: Any, tensors: Sequence[Tensor]) -> bool:
+    """Whether all of that is as it was."""
+    if isinstance(seen, list):
+        return bool(seen == facts(tensors))
+    return torch.ops.resnet_fused_cpu.tensor_facts_hold.default(seen, tensors)  # type: ignore[no-any-return]
 
 
 def version_of(tensor: Tensor) -> int:

@@ -24,6 +24,9 @@ def new_kind() -> Hashable:
     return object()
 
 
+_NHWC = new_kind()
+
+
 def drop(tensors: Iterable[Tensor | None]) -> None:
     """Forget what was derived from any of ``tensors``."""
     CACHE.drop(tensors)
@@ -45,13 +48,13 @@ def at_once() -> Iterator[None]:
         _at_once -= 1
 
 
-def settled(tensors: Tensors) -> bool:
+def settled(tensors: Tensors, asker: Hashable = None) -> bool:
     """Whether to pack what ``backend="auto"`` computes with: once these weights were seen to stay from one call to the
     next. Packing weights that are new at each call would cost more than it saves.
 
     Deterministic algorithms pack at once: an answer must not depend on the calls before it.
     """
-    return _at_once > 0 or torch.are_deterministic_algorithms_enabled() or CACHE.settled(tensors)
+    return _at_once > 0 or torch.are_deterministic_algorithms_enabled() or CACHE.settled(tensors, asker)
 
 
 def fold(conv: ConvBN) -> tuple[Tensor, Tensor]:
@@ -83,6 +86,15 @@ def affine(conv: ConvBN, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def packed(kind: Hashable, conv: ConvBN, build: Callable[[ConvBN], Any]) -> Any:
     """``build(conv)`` from the cache, made so that any later mode can use it."""
     return CACHE.get(kind, conv.tensors(), conv[6:], lambda: outside_of_modes(build, conv))
+
+
+def nhwc_weight(conv: ConvBN) -> Tensor:
+    """The weight as ``[K, R, S, C/groups]`` without gaps: where it lies, or a copy that is kept."""
+    weight = conv.weight.permute(0, 2, 3, 1)
+    if weight.is_contiguous():
+        return weight
+    laid_out: Tensor = packed(_NHWC, conv, lambda conv: conv.weight.permute(0, 2, 3, 1).contiguous())
+    return laid_out
 
 
 def outside_of_modes(build: Callable[..., Any], *args: Any) -> Any:

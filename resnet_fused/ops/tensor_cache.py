@@ -62,6 +62,13 @@ class _Entry(NamedTuple):
     value: Any
 
 
+class Ticket(NamedTuple):
+    """One entry of the cache: see :meth:`TensorCache.ticket`."""
+
+    key: Key
+    entry: _Entry
+
+
 class TensorCache:
     """Maps a kind of value, the tensors that it is derived from and what else decides it to the value.
 
@@ -95,16 +102,40 @@ class TensorCache:
             self._keep(key, facts, look, value, tensors)
         return value
 
-    def settled(self, tensors: Tensors) -> bool:
-        """Whether an earlier call of this saw the tensors as they are now, so that what is derived from them may last.
-        Weights that are new at each call are never settled."""
+    def settled(self, tensors: Tensors, asker: Hashable = None) -> bool:
+        """Whether an earlier call of this by the same asker saw the tensors as they are now, so that what is derived
+        from them may last. Weights that are new at each call are never settled."""
         facts = _facts(tensors)
         if facts is None:
             return False
-        key = _key(_SEEN, tensors, None, facts)
+        key = _key(_SEEN, tensors, asker, facts)
         if self._find(key, facts) is not None:
             return True
         self._keep(key, facts, Glance(tensors), True, tensors)
+        return False
+
+    def ticket(self, kind: Hashable, tensors: Tensors, release: Callable[[], object]) -> Ticket | None:
+        """What stands for the tensors as they are now, for :meth:`holds`; None for some of which nothing can be told.
+
+        release: a method, of which this is a weak reference, to call when the ticket is forgotten.
+        """
+        facts = _facts(tensors)
+        if facts is None:
+            return None
+        key = _key(kind, tensors, None, facts)
+        self._keep(key, facts, Watch(tensors), weakref.WeakMethod(release), tensors)
+        entry = self._entries.get(key)
+        return None if entry is None else Ticket(key, entry)
+
+    def holds(self, ticket: Ticket) -> bool:
+        """Whether the tensors of a ticket are as they were, as far as rules 2 to 4 tell. Rule 1 is the caller's: they
+        must be at the same addresses when this is asked."""
+        key, entry = ticket
+        if self._entries.get(key) is not entry or entry.step not in (None, _last_step):
+            return False
+        if entry.look.unchanged():
+            return True
+        self._forget(key)
         return False
 
     def drop(self, tensors: Iterable[Tensor | None]) -> None:
@@ -151,6 +182,9 @@ class TensorCache:
             found = self._keys.get(at)
             if found is not None:
                 found[1].pop(key, None)
+        release = entry.value() if entry is not None and type(entry.value) is weakref.WeakMethod else None
+        if release is not None:
+            release()
 
     def _freed(self, at: int, _: object) -> None:
         for key in list(self._keys.pop(at, (None, ()))[1]):

@@ -50,6 +50,11 @@ class Configured(NamedTuple):
         return self.compute(call, self.config)
 
 
+def observed() -> bool:
+    """Whether somebody wants to see each call, or to decide one: a tuner at work."""
+    return _trial is not None or _recorder is not None
+
+
 def find(op: str, call: Any) -> Found | None:
     """The table's entry for this call on its device; None where there is none."""
     if op not in OPS:

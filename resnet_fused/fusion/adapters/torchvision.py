@@ -48,8 +48,13 @@ REFUSED = {
 }
 
 
+_BEHIND_STEM = ("maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool")
+
+
 class FusedResNet(FusedStem):
     """torchvision's ResNet with its stem as one op."""
+
+    _rf_whole = True
 
     maxpool: nn.Module
     layer1: nn.Module
@@ -60,6 +65,9 @@ class FusedResNet(FusedStem):
     fc: nn.Module
 
     def _forward_impl(self, x: Tensor) -> Tensor:
+        features = self._rf_planned(x, _BEHIND_STEM)
+        if features is not None:
+            return self.fc(features)  # type: ignore[no-any-return]
         if self._rf_stem_pairs(x) is None:
             return self._rf_original("_forward_impl")(x)  # type: ignore[no-any-return]
         layers = [self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4, self.avgpool]

@@ -35,9 +35,9 @@ def outline(call: ConvBNActCall) -> Tensor:
 
 def like_eager(out: Tensor, call: ConvBNActCall) -> Tensor:
     """``out`` with the strides of ``run(call)``, copied only when they differ."""
-    return layout.like_eager(out, _outline, call.x, (call.conv,), call.residual)
+    return layout.like_eager(out, eager, call.x, (call.conv,), call.residual)
 
 
-def _outline(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:
+def eager(x: Tensor, convs: tuple[ConvBN | None, ...], addend: Tensor | None) -> Tensor:
     assert convs[0] is not None
     return outline(ConvBNActCall(x, convs[0], addend, "none"))
