@@ -1,8 +1,10 @@
 """The backends of this process, and the choice of one for each call.
 
 A backend is a module ``ops/<op>/<backend>.py`` with two functions: ``supports(call)``, which gives the reason why it
-cannot take this call or None, and ``run(call)``, or for a whole block ``bind(call)`` (see ops/block_cpu.py). Modules
-are imported on first use, so ``import resnet_fused`` needs torch alone.
+cannot take this call or None, and ``run(call)``. It may have ``bind(call)``, which gives what computes calls with the
+same weights and shapes (ops/block_cpu.py), and ``launches(call, out, workspace)`` with ``workspace_bytes(call)``: what
+writes where it is told (ops/device_plan.py). Modules are imported on first use, so ``import resnet_fused`` needs torch
+alone.
 """
 
 from __future__ import annotations
@@ -160,6 +162,11 @@ def choose(op: str, call: Any, requested: str, candidates: Sequence[str]) -> Ser
             _log_choice(op, name, call)
             return cast(Server, implementation(op, name))
     raise BackendError(f"no backend can run this {op}; candidates were {list(candidates)}")
+
+
+def bind(server: Any, call: Any) -> Callable[[Any], Any]:
+    """The function that computes calls like this one."""
+    return server.bind(call) if hasattr(server, "bind") else server.run  # type: ignore[no-any-return]
 
 
 def tuned(op: str, call: Any, found: lookup.Found) -> Server | None:

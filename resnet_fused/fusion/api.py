@@ -39,6 +39,7 @@ def fuse(
     recompute: str | None = None,
     generic: bool = False,
     tune: Any = None,
+    cuda_graph: bool = False,
 ) -> M:
     """Make the residual blocks and the stem of ``model`` run as fused ops.
 
@@ -68,10 +69,16 @@ def fuse(
         tune: an example input (a tensor, or a tuple of arguments): measure every backend on the calls that the fused
             model makes for it, as ``resnet-fused tune`` does, unless the user's table has them already. Takes minutes;
             ``model`` must be in eval mode and ``backend`` "auto".
+        cuda_graph: replay the network from a CUDA graph wherever one plan computes it: inference on a GPU with nothing
+            that looks on, in a ResNet of this package or of torchvision. Each shape of input is captured at its first
+            call, by thread and stream, at most 8 of them; what was captured is not used once a weight, a hook or a
+            switch is another. The input is copied into the graph, the result out of it. Copies and pickles of the model
+            capture their own.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: there is no such backend, memory format or recompute; or nothing can be tuned, see ``tune``.
+        ValueError: there is no such backend, memory format or recompute; nothing can be tuned, see ``tune``; or
+            ``cuda_graph`` without a CUDA device, or for a model without such a plan.
         FusionError: see ``strict``; ``model`` is then unchanged.
     """
     _check_model(model)
@@ -81,6 +88,8 @@ def fuse(
     if tune is not None and backend != backends.AUTO:
         raise ValueError(f"tune: got an input with backend={backend!r}, need backend='auto', which reads what is tuned")
     parts.check_recompute(recompute)
+    if cuda_graph:
+        _check_cuda_graph(model)
     if strict:
         _check_strict(model, filter_fn)
     if not inplace:
@@ -91,10 +100,12 @@ def fuse(
             continue
         if isinstance(module, FusedModule):
             module.__dict__["_rf_state"] = dataclasses.replace(
-                module._rf_state, backend=backend, recompute=recompute, channels_last=channels_last
-            )
+                module._rf_state, backend=backend, recompute=recompute, channels_last=channels_last,
+                cuda_graph=cuda_graph,
+            )  # fmt: skip
         elif found.reason is None and found.fused is not None:
-            adopt(module, found.fused, FusedState(found.spec, backend, recompute, channels_last, found.matched))
+            state = FusedState(found.spec, backend, recompute, channels_last, found.matched, cuda_graph)
+            adopt(module, found.fused, state)
     if generic:
         fuse_generic(model, backend, filter_fn, channels_last)
     if tune is not None:
@@ -114,11 +125,12 @@ def fuse_(
     recompute: str | None = None,
     generic: bool = False,
     tune: Any = None,
+    cuda_graph: bool = False,
 ) -> M:
     """``fuse(model, inplace=True, …)``."""
     return fuse(
         model, inplace=True, backend=backend, filter_fn=filter_fn, strict=strict, memory_format=memory_format,
-        recompute=recompute, generic=generic, tune=tune,
+        recompute=recompute, generic=generic, tune=tune, cuda_graph=cuda_graph,
     )  # fmt: skip
 
 
@@ -210,6 +222,19 @@ def _matches(model: nn.Module) -> Iterator[tuple[str, nn.Module, Match]]:
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, need an nn.Module")
+
+
+def _check_cuda_graph(model: nn.Module) -> None:
+    if not torch.cuda.is_available():
+        raise ValueError("cuda_graph: got True, but there is no CUDA device here; leave it out")
+    for _, module, found in _matches(model):
+        cls = type(module) if isinstance(module, FusedModule) else found.fused
+        if cls is not None and getattr(cls, "_rf_whole", False):
+            return
+    raise ValueError(
+        f"cuda_graph: got True, but no single plan computes a {type(model).__name__}, as one does a ResNet of this "
+        "package or of torchvision; leave it out, or capture the model with torch.cuda.make_graphed_callables"
+    )
 
 
 def _check_strict(model: nn.Module, filter_fn: Filter | None) -> None:

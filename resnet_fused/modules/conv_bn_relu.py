@@ -97,6 +97,8 @@ class FusedStem(FusedModule):
     The modules stay its own submodules, and its class's own methods run wherever the stem may not be bypassed.
     """
 
+    _rf_whole = False  # whether all of it but the classifier may be one plan
+
     def _rf_parts(self) -> Iterable[nn.Module]:
         return [m for pair in self._rf_state.spec.pairs for keys in pair if (m := find(self, keys)) is not None]
 

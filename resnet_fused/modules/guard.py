@@ -50,7 +50,7 @@ _refusal = operator.methodcaller("refusal")
 
 def unobserved(x: Any) -> bool:
     """Whether nobody would notice that ``x`` goes another way than through module calls and registered ops."""
-    return library.goes_straight(x, ()) and not lookup.observed() and guards.watched() is None
+    return library.unobserved(x) and not lookup.observed() and guards.watched() is None
 
 
 class Guard:

@@ -1,10 +1,12 @@
-"""A network, or one block, as one plan on the CPU: asked once whether it may be, then one call of the compiled library.
+"""A network, or one block, as one plan: asked once whether it may be, then one call of the compiled library on a CPU, a
+list of launches on a GPU.
 
 Whatever is observed, or is not the library's to compute, goes the other way: module calls and registered ops.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,9 +19,10 @@ from resnet_fused.modules.base import FusedModule
 from resnet_fused.modules.guard import Guard, Unguarded, unobserved
 from resnet_fused.modules.live import Projection
 from resnet_fused.modules.spec import FusedState
-from resnet_fused.ops import cpu_plan, packed
+from resnet_fused.ops import cpu_plan, device_plan, packed
 from resnet_fused.ops.convbn import ConvBN
 from resnet_fused.ops.cpu_plan import Conv, CpuPlan, MaxPool, Mean, Residual, Step
+from resnet_fused.ops.device_plan import DevicePlan
 
 MOST_PLANS = 8  # of one network, for as many shapes; the least recently used goes
 _MOST_WAITING = 32  # calls between two attempts where one after the other failed
@@ -40,37 +43,48 @@ def run(root: FusedModule, x: Any, names: Sequence[str] = ()) -> Tensor | None:
     """
     if type(x) is not Tensor or not unobserved(x):
         return None
-    if x.device.type != "cpu" or x.dim() != 4 or x.dtype not in _DTYPES or not x.numel():
+    if x.dim() != 4 or not x.numel():
         return None
-    prepared = root._rf_state.prepared
+    state: FusedState = root._rf_state
+    on_device = device_plan.serves(x, state.backend)
+    if not on_device and (x.device.type != "cpu" or x.dtype not in _DTYPES):
+        return None
+    prepared = state.prepared
     network: _Network | None = prepared.network
     if network is None or not network.guard.holds(root):
         network = prepared.network = _attempt(root, x, names)
         if network is None:
             return None
-    plan = network.plan(x)
+    plan = network.plan(x, on_device)
     return None if plan is None else plan(x)
 
 
 class _Network:
     """Steps that hold while their guard says so, and the plans made of them."""
 
-    def __init__(self, guard: Guard, steps: tuple[Step, ...], backend: str, channels_last: bool) -> None:
+    def __init__(self, guard: Guard, steps: tuple[Step, ...], state: FusedState, whole: bool) -> None:
         self.guard, self._steps = guard, steps
-        self._backend, self._channels_last = backend, channels_last
+        self._backend, self._channels_last = state.backend, state.channels_last
+        self._graph = state.cuda_graph and whole
 
-    def plan(self, x: Tensor) -> CpuPlan | None:
-        """The plan for inputs like ``x``; None where the library does not compute all of it."""
+    def plan(self, x: Tensor, on_device: bool) -> CpuPlan | DevicePlan | None:
+        """The plan for inputs like ``x``; None where there is none for all of it.
+
+        Args:
+            on_device: by launches, as on a GPU.
+        """
         plans = self.guard.kept
+        key: tuple[Any, ...] = (x.shape, x.stride(), x.dtype, x.device)
         # Each number of threads has its own tuning table.
-        key = (x.shape, x.stride(), x.dtype, torch.get_num_threads(), torch._C._get_mkldnn_enabled())
-        plan: CpuPlan | None = plans.get(key, _MISSING)
+        key += device_plan.switches() if on_device else (torch.get_num_threads(), torch._C._get_mkldnn_enabled())
+        plan: CpuPlan | DevicePlan | None = plans.get(key, _MISSING)
         if plan is not _MISSING:
             if len(plans) >= MOST_PLANS:
                 plans[key] = plans.pop(key, plan)  # the latest last
             return plan
         try:
-            plan = cpu_plan.make(self._steps, x, self._backend, self._channels_last)
+            make = functools.partial(device_plan.make, graph=self._graph) if on_device else cpu_plan.make
+            plan = make(self._steps, x, self._backend, self._channels_last)
         except (ValueError, TypeError, backends.BackendError):
             plan = None  # the modules' own calls say what is wrong
         while len(plans) >= MOST_PLANS:
@@ -109,7 +123,7 @@ def _read(root: FusedModule, x: Tensor, names: Sequence[str]) -> _Network | None
     again = _steps(root, x, names)  # what was read before the guard saw it may have been another's since
     if again is None or _identities(again[0]) != _identities(steps):
         return None
-    return _Network(guard, steps, state.backend, state.channels_last)
+    return _Network(guard, steps, state, bool(names))
 
 
 def _identities(steps: Iterable[Step]) -> list[Any]:

@@ -36,6 +36,8 @@ class ResNet(FusedStem):
         ValueError: ``replace_stride_with_dilation`` or ``planes`` has not one entry per stage as above.
     """
 
+    _rf_whole = True
+
     def __init__(
         self,
         block: Callable[..., nn.Module],

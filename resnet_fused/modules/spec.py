@@ -127,8 +127,9 @@ class FusedState:
 
     recompute is what training computes again in the backward pass instead of keeping it: None, "activations" or
     "last_conv". channels_last: whether feature maps become that where norms use given statistics (parts.feature_map).
-    matched are the functions of the class that spec was read from, None where the class is ours. prepared is what
-    ``network_plan`` made for this module; no copy has it.
+    matched are the functions of the class that spec was read from, None where the class is ours. cuda_graph: whether
+    the plan of a whole network is replayed from a CUDA graph. prepared is what ``network_plan`` made for this module;
+    no copy has it.
     """
 
     spec: BlockSpec
@@ -136,4 +137,5 @@ class FusedState:
     recompute: str | None = None
     channels_last: bool = True
     matched: Matched | None = None
+    cuda_graph: bool = False
     prepared: Prepared = field(init=False, default_factory=Prepared, repr=False, compare=False)

@@ -201,6 +201,12 @@ def _plan(name: str, call: BlockCall, backend: str) -> _Plan:
 
 
 def _whole(name: str, call: BlockCall, backend: str) -> Callable[[BlockCall], Tensor] | None:
+    """What computes blocks like this one as one, if there is a backend for it; None for the chain."""
+    server = whole(name, call, backend)
+    return None if server is None else backends.bind(server, call)
+
+
+def whole(name: str, call: BlockCall, backend: str) -> backends.Server | None:
     """The backend that computes such a block as one, if there is one; None for the chain."""
     if call.x.numel() == 0:
         return None
@@ -211,21 +217,17 @@ def _whole(name: str, call: BlockCall, backend: str) -> Callable[[BlockCall], Te
         if by == lookup.CHAIN:
             return None
         if by == backends.Backend.REFERENCE and layout in (None, *lookup.LAYOUTS):
-            return lambda now: _eager_whole(now, layout)
+            return lookup.Configured(_eager_whole, layout)
         server = None if found is None else backends.tuned(name, call, found)
         if server is not None:
-            return _bind(server, call)
+            return server
         candidates = ("cpu", "onednn") if call.x.device.type == "cpu" else ()
     for candidate in candidates:
         if backends.refusal(name, candidate, call) is None:
-            return _bind(backends.choose(name, call, candidate, ()), call)
+            return backends.choose(name, call, candidate, ())
         if backends.implementation("conv_bn_act", candidate) is None:
             backends.choose(name, call, candidate, ())  # nor can it be a chain: raises, saying why
     return None
-
-
-def _bind(server: Any, call: BlockCall) -> Callable[[BlockCall], Tensor]:
-    return server.bind(call) if hasattr(server, "bind") else server.run  # type: ignore[no-any-return]
 
 
 def _eager_whole(call: BlockCall, layout: str | None) -> Tensor:

@@ -53,9 +53,9 @@ def _keys(*names: str) -> int:
     return functools.reduce(operator.or_, (key.raw_repr() for key in keys))
 
 
-# What a CPU tensor says to the dispatcher where nothing but its kernel is to be called; autograd's part in that is over
+# What a tensor says to the dispatcher where nothing but its kernel is to be called; autograd's part in that is over
 # once no gradient is recorded.
-_PLAIN_KEYS = _keys("CPU", "BackendSelect", "ADInplaceOrView", "AutogradCPU")
+_PLAIN_KEYS = _keys("CPU", "CUDA", "BackendSelect", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA")
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -63,16 +63,20 @@ def goes_straight(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     """Whether the dispatcher, asked to call an op of ours for CPU tensors, would call its kernel and do nothing else.
 
     Then the kernel may be called in its place, which saves the way there and back (bench/NOTES.md).
-    Anything that stands in between says no: recorded gradients, autocast, modes and subclasses, function transforms,
-    tracing, compilation, and the profiler, which shows ops by their names.
     """
+    return unobserved(x) and x.device.type == "cpu" and _PLAIN_TYPES.issuperset(map(type, tensors))
+
+
+def unobserved(x: Tensor) -> bool:
+    """Whether nothing stands between a call with ``x`` and the kernels: no recorded gradients, autocast, modes and
+    subclasses, function transforms, tracing, compilation, nor the profiler, which shows ops by their names."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
         return False
     if torch.autograd._profiler_enabled() or torch._C._len_torch_function_stack():  # type: ignore[attr-defined]
         return False
     keys = torch._C._dispatch_keys(x) | torch._C._dispatch_tls_local_include_set()
     keys = keys - torch._C._dispatch_tls_local_exclude_set()
-    return not keys.raw_repr() & ~_PLAIN_KEYS and _PLAIN_TYPES.issuperset(map(type, tensors))
+    return not keys.raw_repr() & ~_PLAIN_KEYS
 
 
 def transformed() -> bool:

@@ -24,6 +24,9 @@ def new_kind() -> Hashable:
     return object()
 
 
+_NHWC = new_kind()
+
+
 def drop(tensors: Iterable[Tensor | None]) -> None:
     """Forget what was derived from any of ``tensors``."""
     CACHE.drop(tensors)
@@ -83,6 +86,15 @@ def affine(conv: ConvBN, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def packed(kind: Hashable, conv: ConvBN, build: Callable[[ConvBN], Any]) -> Any:
     """``build(conv)`` from the cache, made so that any later mode can use it."""
     return CACHE.get(kind, conv.tensors(), conv[6:], lambda: outside_of_modes(build, conv))
+
+
+def nhwc_weight(conv: ConvBN) -> Tensor:
+    """The weight as ``[K, R, S, C/groups]`` without gaps: where it lies, or a copy that is kept."""
+    weight = conv.weight.permute(0, 2, 3, 1)
+    if weight.is_contiguous():
+        return weight
+    laid_out: Tensor = packed(_NHWC, conv, lambda conv: conv.weight.permute(0, 2, 3, 1).contiguous())
+    return laid_out
 
 
 def outside_of_modes(build: Callable[..., Any], *args: Any) -> Any:

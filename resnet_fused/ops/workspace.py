@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-from resnet_fused.ops import packed
+from resnet_fused.ops import arena, packed
 
 # A tensor between two convolutions is to be no larger. glibc maps buffers above 32 MB afresh and gives them back, so
 # that every use pays for its page faults; below that a freed buffer is used again: the heap is the workspace.
@@ -16,12 +16,15 @@ LARGEST_BUFFER = 30 << 20
 
 
 def clear_workspace() -> None:
-    """Release what the ops keep between calls: packed weights, and freed buffers that the C library's heap holds.
+    """Release what the ops keep between calls: packed weights, arenas and CUDA graphs, and freed buffers that the C
+    library's heap holds.
 
     On the CPU the intermediates of a block are sub-batches small enough for the heap, where the next block finds them
-    again; they stay in the process after the last call. The next call makes what it needs anew.
+    again; they stay in the process after the last call. On a GPU a network has an arena for each thread and stream. The
+    next call makes what it needs anew.
     """
     packed.clear()
+    arena.clear()
     trim = getattr(ctypes.CDLL(ctypes.util.find_library("c")), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)

@@ -54,6 +54,8 @@ _BEHIND_STEM = ("maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool")
 class FusedResNet(FusedStem):
     """torchvision's ResNet with its stem as one op."""
 
+    _rf_whole = True
+
     maxpool: nn.Module
     layer1: nn.Module
     layer2: nn.Module

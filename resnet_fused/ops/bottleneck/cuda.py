@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from resnet_fused import extension
+from resnet_fused.ops import cuda_launch
 from resnet_fused.ops.block import BlockCall
 from resnet_fused.ops.convbn import ConvBN, short_dtype
+from resnet_fused.ops.cuda_launch import Launch
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -60,6 +62,26 @@ def run(call: BlockCall, config: str = "") -> Tensor:
     flat = [value for conv in call.convs for value in conv]
     flat += _NO_CONV if call.shortcut is None else call.shortcut
     return torch.ops.resnet_fused_cuda.bottleneck(call.x, *flat, call.identity, config)  # type: ignore[no-any-return]
+
+
+def workspace_bytes(call: BlockCall, config: str = "") -> int:
+    """Nothing beside the output."""
+    return 0
+
+
+def launches(call: BlockCall, out: Tensor, workspace: Tensor | None, config: str = "") -> list[Launch]:
+    """What :func:`run` launches, into ``out``, a channels_last ``[N, 4·mid, P, Q]``; so is x.
+
+    Raises:
+        ValueError: batch norm's vectors have gaps.
+    """
+    extension.module()
+    convs = [cuda_launch.laid_out(conv) for conv in call.convs]
+    shortcut = None if call.shortcut is None else cuda_launch.laid_out(call.shortcut)
+    plan = cuda_launch.new_plan()
+    flat = [value for conv in (*convs, shortcut or _NO_CONV) for value in conv]
+    torch.ops.resnet_fused_cuda.bottleneck_plan(call.x, *flat, call.identity, config, out, plan)
+    return [Launch("bottleneck", plan, cuda_launch.read([*convs, shortcut]))]
 
 
 def kernel_for(call: BlockCall, shared: int, multiprocessors: int) -> tuple[str, str | None]:

@@ -58,9 +58,14 @@ def compute(call: ConvBNActCall, backend: str) -> Tensor:
         backend = "reference"
     elif backend == backends.AUTO and not packed.settled(call.conv.tensors()):
         return unpacked.run(call)
-    module = backends.choose("conv_bn_act", call, backend, candidates(call.x, call.conv))
+    module = server(call, backend)
     out: Tensor = module.run(call)
     return out if module is reference else reference.like_eager(out, call)
+
+
+def server(call: ConvBNActCall, backend: str) -> backends.Server:
+    """Who computes a sound call."""
+    return backends.choose("conv_bn_act", call, backend, candidates(call.x, call.conv))
 
 
 def _call(args: tuple[Any, ...]) -> ConvBNActCall:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from resnet_fused import extension
-from resnet_fused.ops.convbn import ConvBNActCall, short_dtype
+from resnet_fused.ops import cuda_launch
+from resnet_fused.ops.convbn import ConvBNActCall, output_shape, short_dtype
+from resnet_fused.ops.cuda_launch import Launch
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -61,6 +63,35 @@ def run(call: ConvBNActCall, config: CudaConfig | None = None) -> Tensor:
     return torch.ops.resnet_fused_cuda.conv_bn_act(  # type: ignore[no-any-return]
         call.x, *call.conv, call.residual, call.act == "relu", tf32(), *config
     )
+
+
+def workspace_bytes(call: ConvBNActCall, config: CudaConfig | None = None) -> int:
+    """What :func:`launches` needs beside the output."""
+    shape = output_shape(call.conv, tuple(call.x.shape))
+    out = torch.empty(shape, dtype=call.x.dtype, device=call.x.device, memory_format=torch.channels_last)
+    return _plan(call, out, None, config)[1]
+
+
+def launches(
+    call: ConvBNActCall, out: Tensor, workspace: Tensor | None, config: CudaConfig | None = None
+) -> list[Launch]:
+    """What :func:`run` launches, into ``out``, a channels_last ``[N, K, P, Q]``.
+
+    ``workspace`` has :func:`workspace_bytes` bytes. Without gaps and in channels_last are x and the residual too.
+
+    Raises:
+        ValueError: batch norm's vectors have gaps.
+    """
+    return [_plan(call, out, workspace, config)[0]]
+
+
+def _plan(call: ConvBNActCall, out: Tensor, workspace: Tensor | None, config: CudaConfig | None) -> tuple[Launch, int]:
+    extension.module()
+    conv, plan = cuda_launch.laid_out(call.conv), cuda_launch.new_plan()
+    size: int = torch.ops.resnet_fused_cuda.conv_bn_act_plan(
+        call.x, *conv, call.residual, call.act == "relu", tf32(), *(config or CudaConfig()), out, workspace, plan
+    )
+    return Launch("conv_bn_act", plan, cuda_launch.read([conv])), size
 
 
 def tf32() -> bool:

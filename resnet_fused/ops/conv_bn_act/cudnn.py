@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -66,16 +66,23 @@ def _try(call: ConvBNActCall) -> str | None:
 
 def run(call: ConvBNActCall) -> Tensor:
     """Compute the call; the result is channels_last."""
+    return bind(call)(call)
+
+
+def bind(call: ConvBNActCall) -> Callable[[ConvBNActCall], Tensor]:
+    """What computes calls with these weights; it holds them as they are packed now."""
     conv = call.conv
     weight, bias = packed.packed(_KIND, conv, _fold)
-    x = call.x.contiguous(memory_format=torch.channels_last)
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    if call.residual is None:
-        return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *geometry)  # type: ignore[no-any-return]
-    residual = call.residual.contiguous(memory_format=torch.channels_last)
-    return torch.ops.aten.cudnn_convolution_add_relu(  # type: ignore[no-any-return]
-        x, weight, residual, 1.0, bias, *geometry
-    )
+
+    def compute(call: ConvBNActCall) -> Tensor:
+        x = call.x.contiguous(memory_format=torch.channels_last)
+        if call.residual is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        residual = call.residual.contiguous(memory_format=torch.channels_last)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+
+    return compute
 
 
 def _fold(conv: ConvBN) -> tuple[Tensor, Tensor]:

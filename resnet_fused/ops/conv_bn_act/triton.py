@@ -1,7 +1,7 @@
 """conv_bn_act by Triton: implicit GEMM with the whole epilogue fused, on CUDA devices from compute capability 8.0.
 
-x is read where it lies when its channels are adjacent (channels_last, slices of it), else copied once per call; so is
-a weight that is not channels_last. Batch norm is kept between calls as a scale and a shift of each channel, by the
+x is read where it lies when its channels are adjacent (channels_last, slices of it), else copied once per call. A
+weight that is not channels_last, and batch norm as a scale and a shift of each channel, are kept between calls by the
 rules of packed weights. Nothing is measured.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from resnet_fused.ops.conv_bn_act import triton_kernels as kernels
 from resnet_fused.ops.conv_bn_act import triton_window
 from resnet_fused.ops.conv_bn_act.triton_config import Architecture, ConvConfig, Problem
 from resnet_fused.ops.convbn import ConvBN, ConvBNActCall, short_dtype
+from resnet_fused.ops.triton_launch import Launch
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16  # bytes: of a descriptor's base and strides
@@ -66,23 +67,56 @@ def run(call: ConvBNActCall, config: ConvConfig | None = None) -> Tensor:
     Raises:
         ValueError: ``config`` is not among ``configs(call)``.
     """
+    prepared = _prepare(call, config)
+    out = call.x.new_empty(prepared.problem.output)
+    if out.numel():
+        with torch.cuda.device(call.x.device) if call.x.is_cuda else contextlib.nullcontext():
+            for launch in _launches(call, prepared, out, None):
+                launch()
+    return out.permute(0, 3, 1, 2)
+
+
+def workspace_bytes(call: ConvBNActCall, config: ConvConfig | None = None) -> int:
+    """What :func:`launches` needs beside the output."""
+    prepared = _prepare(call, config)
+    return _workspace_bytes(prepared.problem, prepared.config)
+
+
+def launches(
+    call: ConvBNActCall, out: Tensor, workspace: Tensor | None, config: ConvConfig | None = None
+) -> list[Launch]:
+    """What :func:`run` launches, into ``out``, a channels_last ``[N, K, P, Q]``.
+
+    ``workspace`` has :func:`workspace_bytes` bytes.
+    """
+    return _launches(call, _prepare(call, config), out.permute(0, 2, 3, 1), workspace)
+
+
+class _Prepared(NamedTuple):
+    operands: Operands
+    problem: Problem
+    arch: Architecture
+    config: ConvConfig
+
+
+def _prepare(call: ConvBNActCall, config: ConvConfig | None) -> _Prepared:
     operands = _operands(call)
     problem, arch = _problem(call, operands), _architecture(call.x)
     if config is None:
         config = cfg.choose(problem, arch)
     elif config not in cfg.valid(problem, arch):
         raise ValueError(f"config: got {config}, need one of {', '.join(map(str, cfg.valid(problem, arch)))}")
-    out = call.x.new_empty((problem.n, problem.p, problem.q, problem.k * problem.groups))
-    if out.numel():
-        with torch.cuda.device(call.x.device) if call.x.is_cuda else contextlib.nullcontext():
-            if config.kernel == "window":
-                wide, tiles = _wide(operands, out, 1), cfg.tiles(problem, config)
-                triton_window.launch(call.conv, call.act == "relu", operands, problem, config, wide, tiles, out)
-            elif config.kernel == "pointer":
-                _launch_pointer(call, operands, problem, config, out)
-            else:
-                _launch_descriptor(call, operands, problem, config, arch, out)
-    return out.permute(0, 3, 1, 2)
+    return _Prepared(operands, problem, arch, config)
+
+
+def _launches(call: ConvBNActCall, prepared: _Prepared, out: Tensor, workspace: Tensor | None) -> list[Launch]:
+    operands, problem, arch, config = prepared
+    if config.kernel == "window":
+        wide, tiles = _wide(operands, out, 1), cfg.tiles(problem, config)
+        return [triton_window.launch(call.conv, call.act == "relu", operands, problem, config, wide, tiles, out)]
+    if config.kernel == "pointer":
+        return _pointer_launches(call, operands, problem, config, out, workspace)
+    return [_descriptor_launch(call, operands, problem, config, arch, out)]
 
 
 def _index(x: Tensor) -> int:
@@ -99,7 +133,7 @@ def _operands(call: ConvBNActCall) -> Operands:
     if x.stride(3) != 1 and x.shape[3] > 1:
         x = x.contiguous()
     residual = None if call.residual is None else _dense(call.residual.permute(0, 2, 3, 1))
-    return Operands(x, _dense(conv.weight.permute(0, 2, 3, 1)), residual, *affine(conv))
+    return Operands(x, packed.nhwc_weight(conv), residual, *affine(conv))
 
 
 def affine(conv: ConvBN) -> tuple[Tensor, Tensor]:
@@ -186,37 +220,58 @@ def _wide(operands: Operands, out: Tensor, splits: int) -> bool:
     return max(span, operands.weight.numel(), out.numel() * splits) > _NARROW_SPAN
 
 
-def _launch_pointer(call: ConvBNActCall, operands: Operands, problem: Problem, config: ConvConfig, out: Tensor) -> None:
+def _workspace_bytes(problem: Problem, config: ConvConfig) -> int:
+    """The float32 partial sums of a split reduction, which only the pointer kernel has."""
+    return 0 if config.split_k == 1 else 4 * config.split_k * problem.m * problem.k * problem.groups
+
+
+def _pointer_launches(
+    call: ConvBNActCall,
+    operands: Operands,
+    problem: Problem,
+    config: ConvConfig,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> list[Launch]:
     x, weight, residual, scale, shift = operands
     conv, splits = call.conv, config.split_k
     mode, relu = cfg.mode(problem, config), call.act == "relu"
     per_split = math.ceil(cfg.steps(problem, config) / splits)
     wide = _wide(operands, out, splits)
     channels = problem.k * problem.groups
-    workspace = None
+    sums = None
     if splits > 1:
-        workspace = torch.empty((splits, problem.m, channels), dtype=torch.float32, device=x.device)
+        shape = (splits, problem.m, channels)
+        if workspace is None:
+            sums = torch.empty(shape, dtype=torch.float32, device=x.device)
+        else:
+            sums = workspace.view(torch.float32).view(shape)
     x_n, x_h, x_w = (0, 0, row_stride(x)) if problem.rows else x.stride()[:3]
-    kernels.conv_pointer[cfg.tiles(problem, config), splits](
-        x, weight, None if splits > 1 else residual, None if splits > 1 else out, workspace, scale, shift,
+    args: tuple[Any, ...] = (
+        x, weight, None if splits > 1 else residual, None if splits > 1 else out, sums, scale, shift,
         problem.m, problem.c, problem.k, x.shape[1], x.shape[2], problem.p, problem.q, problem.groups,
-        x_n, x_h, x_w, problem.taps * problem.c,
-        *conv.stride, *conv.padding, *conv.dilation, per_split,
-        S=problem.filter[1], TAPS=problem.taps, MODE=mode, RELU=relu, SPLIT=splits > 1, WIDE=wide,
-        PRECISION=problem.precision, BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP_M=config.group_m,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        x_n, x_h, x_w, problem.taps * problem.c, *conv.stride, *conv.padding, *conv.dilation, per_split,
     )  # fmt: skip
-    if workspace is not None:
+    constants = {
+        "S": problem.filter[1], "TAPS": problem.taps, "MODE": mode, "RELU": relu, "SPLIT": splits > 1, "WIDE": wide,
+        "PRECISION": problem.precision, "BM": config.block_m, "BN": config.block_n, "BK": config.block_k,
+        "GROUP_M": config.group_m, "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+    found = [Launch(kernels.conv_pointer, (cfg.tiles(problem, config), splits), args, constants)]
+    if sums is not None:
         bm, bn = _REDUCE_TILE
-        kernels.conv_reduce[math.ceil(problem.m / bm), math.ceil(channels / bn)](
-            workspace, residual, out, scale, shift, problem.m, channels,
-            SPLITS=splits, RELU=relu, WIDE=wide, BM=bm, BN=bn, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+        args = (sums, residual, out, scale, shift, problem.m, channels)
+        constants = {
+            "SPLITS": splits, "RELU": relu, "WIDE": wide, "BM": bm, "BN": bn, "num_warps": 4, "enable_fp_fusion": True,
+        }  # fmt: skip
+        grid = (math.ceil(problem.m / bm), math.ceil(channels / bn))
+        found.append(Launch(kernels.conv_reduce, grid, args, constants))
+    return found
 
 
-def _launch_descriptor(
+def _descriptor_launch(
     call: ConvBNActCall, operands: Operands, problem: Problem, config: ConvConfig, arch: Architecture, out: Tensor
-) -> None:
+) -> Launch:
     weight, residual = operands.weight, operands.residual
     conv, channels = call.conv, operands.weight.shape[0]
     r, s = problem.filter
@@ -235,14 +290,18 @@ def _launch_descriptor(
         return TensorDescriptor(tensor, [n, p, q, channels], strides, [*tile, config.block_n // config.parts])
 
     programs = min(cfg.tiles(problem, config), arch.processors * config.blocks_per_sm)
-    kernels.conv_descriptor[(programs,)](
+    args = (
         *inputs, filters, None if residual is None else output(residual), output(out), operands.scale, operands.shift,
         n, p, q, problem.c, channels,
-        R=r, S=s, STRIDE=conv.stride[0], PAD_H=conv.padding[0], PAD_W=conv.padding[1],
-        DIL_H=conv.dilation[0], DIL_W=conv.dilation[1], RELU=call.act == "relu", PRECISION=problem.precision,
-        TN=tile[0], TH=tile[1], TW=tile[2], BN=config.block_n, BK=config.block_k, GROUP_M=config.group_m,
-        PARTS=config.parts, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
+    constants = {
+        "R": r, "S": s, "STRIDE": conv.stride[0], "PAD_H": conv.padding[0], "PAD_W": conv.padding[1],
+        "DIL_H": conv.dilation[0], "DIL_W": conv.dilation[1], "RELU": call.act == "relu",
+        "PRECISION": problem.precision, "TN": tile[0], "TH": tile[1], "TW": tile[2], "BN": config.block_n,
+        "BK": config.block_k, "GROUP_M": config.group_m, "PARTS": config.parts,
+        "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+    return Launch(kernels.conv_descriptor, (programs,), args, constants)
 
 
 def _describe_input(x: Tensor, problem: Problem, block: list[int]) -> tuple[TensorDescriptor | None, ...]:

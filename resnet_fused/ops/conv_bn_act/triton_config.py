@@ -37,6 +37,11 @@ class Problem(NamedTuple):
         return self.n * self.p * self.q
 
     @property
+    def output(self) -> tuple[int, int, int, int]:
+        """[N, P, Q, K] of all groups."""
+        return self.n, self.p, self.q, self.k * self.groups
+
+    @property
     def taps(self) -> int:
         return self.filter[0] * self.filter[1]
 

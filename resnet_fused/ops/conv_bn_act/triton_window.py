@@ -20,6 +20,7 @@ from torch import Tensor
 from resnet_fused.ops import packed
 from resnet_fused.ops.conv_bn_act.triton_kernels import _affine, _dot, _relu, _swizzle
 from resnet_fused.ops.convbn import ConvBN
+from resnet_fused.ops.triton_launch import Launch
 
 if TYPE_CHECKING:
     from resnet_fused.ops.conv_bn_act.triton import Operands
@@ -126,19 +127,22 @@ def launch(
     wide: bool,
     tiles: int,
     out: Tensor,
-) -> None:
-    """Write the output ``[N, P, Q, K]``."""
+) -> Launch:
+    """What writes the output ``[N, P, Q, K]``."""
     x, size = operands.x, window(problem)
     weight = packed.packed(_KINDS[size.lead], conv, lambda conv: _pad(conv, size.lead, size.span))
     n, h, w, c = x.shape
     x_n, x_h = (stride if size > 1 else 0 for size, stride in zip((n, h), x.stride()[:2], strict=True))
-    conv_window[(tiles,)](
+    args = (
         x, weight, operands.residual, out, operands.scale, operands.shift,
         problem.m, problem.k, h, problem.p, problem.q, x_n // size.unit, x_h // size.unit,
         -(conv.padding[1] * c + size.lead) // size.unit, conv.stride[1] * c // size.unit, w * c // size.unit,
         conv.stride[0], conv.padding[0], conv.dilation[0],
-        R=problem.filter[0], SPAN=size.span, LEAD=size.lead, TAKE=size.take, UNIT=size.unit,
-        RELU=relu, WIDE=wide, PRECISION=problem.precision,
-        BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP_M=config.group_m,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
     )  # fmt: skip
+    constants = {
+        "R": problem.filter[0], "SPAN": size.span, "LEAD": size.lead, "TAKE": size.take, "UNIT": size.unit,
+        "RELU": relu, "WIDE": wide, "PRECISION": problem.precision,
+        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "GROUP_M": config.group_m,
+        "num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+    return Launch(conv_window, (tiles,), args, constants)
