@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "bottleneck/plan.h"
+#include "common/unchanged.h"
 #include "conv_bn_act/plan.h"
 
 namespace py = pybind11;
@@ -66,6 +67,22 @@ py::list conv_bn_act_kernels() {
   RF_CONV_KERNELS(RF_CONV_ROW)
 #undef RF_CONV_ROW
   return rows;
+}
+
+bool unchanged(const py::tuple& holders, const py::tuple& keys, const py::tuple& values, const py::tuple& modules,
+               const py::tuple& types, const py::tuple& entries, const py::tuple& names, const py::tuple& empty,
+               const py::tuple& sized, const py::tuple& sizes) {
+  const size_t slots = holders.size(), count = modules.size();
+  if (keys.size() != slots || values.size() != slots) throw py::value_error("holders, keys, values: of different lengths");
+  if (types.size() != count || entries.size() != count || names.size() != count) {
+    throw py::value_error("modules, types, entries, names: of different lengths");
+  }
+  if (sizes.size() != sized.size()) throw py::value_error("sized, sizes: of different lengths");
+  for (const py::handle& tuple : names) {
+    if (!PyTuple_Check(tuple.ptr())) throw py::type_error("names: need tuples");
+  }
+  return rf::Unchanged{holders.ptr(), keys.ptr(),  values.ptr(), modules.ptr(), types.ptr(),
+                       entries.ptr(), names.ptr(), empty.ptr(),  sized.ptr(),   sizes.ptr()}();
 }
 
 using Sizes = std::array<int64_t, 4>;
@@ -141,6 +158,7 @@ std::pair<std::string, std::optional<std::string>> bottleneck_choice(const Sizes
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  m.def("unchanged", &unchanged);
   m.def("build_info", &build_info);
   m.def("kernel_resources", &kernel_resources);
   m.def("conv_bn_act_kernels", &conv_bn_act_kernels);

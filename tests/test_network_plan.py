@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import resnet_fused as rf
 from resnet_fused import extension
+from resnet_fused.modules import guard as guard_module
 from resnet_fused.modules import network_plan
 from resnet_fused.modules.guard import Guard
 from resnet_fused.ops import cpu_convolution, cpu_plan, workspace
@@ -316,8 +317,11 @@ def as_eager(model: nn.Module, x: Tensor) -> None:
         assert not isinstance(found[0], Tensor), found  # both refuse it, ours perhaps in other words
 
 
+@pytest.mark.parametrize("sweep", ["compiled", "python"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_seen(change: str) -> None:
+def test_a_change_is_seen(change: str, sweep: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if sweep == "python":
+        monkeypatch.setattr(guard_module, "_unchanged", lambda: guard_module._sweep)
     model, x = network(), images(2, 32)
     assert used(model, x)
     with torch.no_grad():

@@ -8,14 +8,16 @@ say no. It is asked with nobody looking on: :func:`unobserved`.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
+from resnet_fused import extension
 from resnet_fused.modules import guards
 from resnet_fused.modules.matched import Matched
 from resnet_fused.modules.spec import BlockSpec, find
@@ -78,28 +80,26 @@ class Guard:
         if ticket is None or -1 in map(fingerprint.version_of, self._tensors):
             raise Unguarded("tensors of which nothing tells that they were written")
         self._ticket = ticket
-        self._modules = tuple(dict.fromkeys(m for m in modules if m is not root))
-        self._types = list(map(type, self._modules))
-        self._dicts = tuple(map(_entries, self._modules))
-        self._keys = list(map(tuple, self._dicts))
-        self._root_type, self._names = type(root), frozenset(names)
-        self._root_keys = ("_modules", *names)
+        modules = tuple(dict.fromkeys(m for m in modules if m is not root))
+        types, entries = tuple(map(type, modules)), tuple(map(_entries, modules))
+        self._root_type, self._root_keys = type(root), ("_modules", *names)
         self._root_values = tuple(root.__dict__.get(key, _ABSENT) for key in self._root_keys)
 
         slots: list[Slot] = [*_children(root, names)]
         sized: list[dict[str, Any]] = []
-        for module in self._modules:
+        for module in modules:
             slots += _slots(module, sized)
-        self._holders, self._slots, self._values = (tuple(column) for column in zip(*slots, strict=True))
-        self._sized, self._lengths = tuple(sized), list(map(len, sized))
-        self._hooks = tuple(d[name] for d in self._dicts for name in _HOOKS)
-        here = set(map(id, self._values))
-        if not here.issuperset(map(id, self._tensors)):
+        holders, keys, values = (tuple(column) for column in zip(*slots, strict=True))
+        self._sweep = (
+            holders, keys, values, modules, types, entries, tuple(map(tuple, entries)),
+            tuple(own[name] for own in entries for name in _HOOKS), tuple(sized), tuple(map(len, sized)),
+        )  # fmt: skip
+        if not set(map(id, values)).issuperset(map(id, self._tensors)):
             raise Unguarded("tensors that are no parameters or buffers of the modules")
 
-        places = dict.fromkeys((cls, name) for cls in self._types for name in _CALLED)
+        places = dict.fromkeys((cls, name) for cls in types for name in _CALLED)
         places |= dict.fromkeys((self._root_type, name) for name in (*_CALLED, *names))
-        places |= dict.fromkeys(pair for module in (root, *self._modules) for pair in _hiding(module))
+        places |= dict.fromkeys(pair for module in (root, *modules) for pair in _hiding(module))
         if any(getattr(self._root_type, name, None) is not None for name in names):
             raise Unguarded("a submodule that is hidden by an attribute of the class")
         self._classes, self._attributes = zip(*places, strict=True)
@@ -124,12 +124,7 @@ class Guard:
             return (
                 type(root) is self._root_type
                 and all(map(same, map(entries.get, self._root_keys, repeat(_ABSENT)), self._root_values))
-                and all(map(same, map(operator.getitem, self._holders, self._slots), self._values))
-                and not any(self._hooks)
-                and list(map(type, self._modules)) == self._types
-                and all(map(same, map(_entries, self._modules), self._dicts))
-                and list(map(tuple, self._dicts)) == self._keys
-                and list(map(len, self._sized)) == self._lengths
+                and _unchanged()(*self._sweep)
                 and all(map(same, map(getattr, self._classes, self._attributes, repeat(None)), self._found))
                 and all(map(same, map(_code, self._functions), self._codes))
                 and _PLAIN_TYPES.issuperset(map(type, self._tensors))
@@ -144,6 +139,27 @@ class Guard:
 
 class Unguarded(Exception):
     """No guard can be made; the text says why."""
+
+
+@functools.cache
+def _unchanged() -> Callable[..., bool]:
+    """The sweep over dictionaries and modules: the library's, or the one below."""
+    return _sweep if extension.missing() is not None else extension.module().unchanged  # type: ignore[no-any-return]
+
+
+def _sweep(
+    holders: Any, keys: Any, values: Any, modules: Any, types: Any, entries: Any, names: Any, empty: Any, sized: Any,
+    sizes: Any,
+) -> bool:  # fmt: skip
+    """As csrc/common/unchanged.h."""
+    return (
+        all(map(operator.is_, map(operator.getitem, holders, keys), values))
+        and tuple(map(type, modules)) == types
+        and all(map(operator.is_, map(_entries, modules), entries))
+        and tuple(map(tuple, entries)) == names
+        and not any(empty)
+        and tuple(map(len, sized)) == sizes
+    )
 
 
 Slot = tuple[dict[str, Any], str, Any]
