@@ -144,7 +144,7 @@ class Unguarded(Exception):
 @functools.cache
 def _unchanged() -> Callable[..., bool]:
     """The sweep over dictionaries and modules: the library's, or the one below."""
-    return _sweep if extension.missing() is not None else extension.module().unchanged  # type: ignore[no-any-return]
+    return _sweep if extension.missing() is not None else extension.module().unchanged
 
 
 def _sweep(
