@@ -371,7 +371,7 @@ def test_a_broken_description_is_an_error() -> None:
     model, x = network(), images()
     assert used(model, x)
     with torch.no_grad():
-        handle = model._rf_state.prepared.network.plan(x, False)._handle
+        handle = model._rf_state.prepared.network.plan(x, on_device=False)._handle
     with pytest.raises(RuntimeError, match="need"):
         torch.ops.resnet_fused_cpu.plan_run(handle, images(2, 17))
     with pytest.raises(RuntimeError, match="need"):

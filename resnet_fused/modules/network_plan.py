@@ -46,6 +46,8 @@ def run(root: FusedModule, x: Any, names: Sequence[str] = ()) -> Tensor | None:
     if x.dim() != 4 or not x.numel():
         return None
     state: FusedState = root._rf_state
+    if state.draws():
+        return None
     on_device = device_plan.serves(x, state.backend)
     if not on_device and (x.device.type != "cpu" or x.dtype not in _DTYPES):
         return None
