@@ -288,6 +288,8 @@ CHANGES: dict[str, Change] = {
     "name hidden": lambda m: m.layer1[0].__dict__.__setitem__("conv2", nn.Conv2d(32, 32, 3, padding=1)),
     "stage hidden": lambda m: m.__dict__.__setitem__("layer2", nn.Conv2d(128, 128, 1)),
     "optimizer": lambda m: _step(m),
+    "some elements": lambda m: m.layer1[0].conv2.weight.detach()[:, 6, 1, 1].add_(9),
+    "padding of a pool": lambda m: _set(m.maxpool, "padding", 2),
 }
 
 
@@ -337,7 +339,15 @@ def test_a_change_is_seen(change: str, sweep: str, monkeypatch: pytest.MonkeyPat
             assert not torch.allclose(model(x.to(next(model.parameters()).dtype)).float(), before, rtol=1e-4)
 
 
+@pytest.mark.parametrize("value", [torch.tensor(1e-5), [1e-5]], ids=["tensor", "list"])
+def test_numbers_that_can_be_written_have_no_plan(value: Any) -> None:
+    model = network()
+    model.layer1[0].bn2.eps = value[0] if isinstance(value, list) else value
+    assert used(model, images()) == isinstance(value, list)
+
+
 PATCHES = [
+    (F, "max_pool2d"), (F, "adaptive_avg_pool2d"), (torch, "flatten"),
     (nn.Conv2d, "forward"), (nn.BatchNorm2d, "forward"), (nn.ReLU, "forward"), (nn.MaxPool2d, "forward"),
     (nn.AdaptiveAvgPool2d, "forward"), (nn.Sequential, "forward"), (rf.FusedBottleneck, "forward"),
 ]  # fmt: skip
@@ -349,9 +359,9 @@ def test_a_replaced_function_of_a_class_is_seen(cls: Any, name: str, monkeypatch
     assert used(model, x)
     plain = getattr(cls, name)
 
-    def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def replaced(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        return plain(self, *args, **kwargs)
+        return plain(*args, **kwargs)
 
     monkeypatch.setattr(cls, name, replaced)
     with torch.no_grad():
@@ -372,9 +382,9 @@ def test_a_broken_description_is_an_error() -> None:
     model, x = network(), images()
     assert used(model, x)
     with torch.no_grad():
-        handle = model._rf_state.prepared.network.plan(x, False)._handle
+        handle = model._rf_state.prepared.network.plan(x, on_device=False)._handle
     with pytest.raises(RuntimeError, match="plan_create"):
-        torch.ops.resnet_fused_cpu.plan_run(handle.clone(), x)
+        torch.ops.resnet_fused_cpu.plan_run(handle.clone(), images())
     with pytest.raises(RuntimeError, match="need"):
         torch.ops.resnet_fused_cpu.plan_run(handle, images(2, 17))
     with pytest.raises(RuntimeError, match="need"):

@@ -16,6 +16,8 @@ from itertools import repeat
 from types import FunctionType
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused import extension
@@ -40,6 +42,13 @@ _IDLE_ENTRIES = frozenset({
 })  # fmt: skip
 # Modules that compute the same in both modes, and have no children.
 _LEAVES = frozenset({nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Identity})
+_NUMBERS = frozenset({"kernel_size", "stride", "padding", "dilation", "groups", "eps", "output_size"})
+# What module calls of pools reach, and a plan does not.
+_POOLS: tuple[tuple[Any, str], ...] = (
+    (F, "max_pool2d"), (torch, "max_pool2d"), (F, "adaptive_avg_pool2d"), (torch, "flatten"),
+    (torch._C._nn, "adaptive_avg_pool2d"),
+)  # fmt: skip
+_OWN_POOLS = tuple(getattr(owner, name) for owner, name in _POOLS)
 _CALLED = ("__call__", "forward", "__getattr__", "__getattribute__")
 _PLAIN_TYPES = frozenset((Tensor, nn.Parameter))
 
@@ -81,6 +90,8 @@ class Guard:
         if ticket is None or -1 in map(fingerprint.version_of, self._tensors):
             raise Unguarded("tensors of which nothing tells that they were written")
         self._ticket = ticket
+        if len({t.device for t in self._tensors}) > 1:
+            raise Unguarded("tensors on several devices")
         modules = tuple(dict.fromkeys(m for m in modules if m is not root))
         types, entries = tuple(map(type, modules)), tuple(map(_entries, modules))
         self._root_type, self._root_keys = type(root), ("_modules", *names)
@@ -100,6 +111,9 @@ class Guard:
 
         places = dict.fromkeys((cls, name) for cls in types for name in _CALLED)
         places |= dict.fromkeys((self._root_type, name) for name in (*_CALLED, *names))
+        places |= dict.fromkeys(_POOLS)
+        if not all(getattr(owner, name) is own for (owner, name), own in zip(_POOLS, _OWN_POOLS, strict=True)):
+            raise Unguarded("a function of PyTorch's that was replaced")
         places |= dict.fromkeys(pair for module in (root, *modules) for pair in _hiding(module))
         if any(getattr(self._root_type, name, None) is not None for name in names):
             raise Unguarded("a submodule that is hidden by an attribute of the class")
@@ -163,6 +177,11 @@ def _sweep(
     )
 
 
+def _fixed(value: Any) -> bool:
+    """Whether ``value`` cannot be written to: a number, a name or a tuple of these."""
+    return all(map(_fixed, value)) if isinstance(value, tuple) else isinstance(value, (numbers.Number, str, type(None)))
+
+
 Slot = tuple[dict[str, Any], str, Any]
 
 
@@ -196,24 +215,9 @@ def _slots(module: nn.Module, sized: list[dict[str, Any]]) -> Iterator[Slot]:
         if name in ("_parameters", "_buffers", "_modules") or (name == "training" and cls in _LEAVES):
             continue
         value = entries[name]
-        if state is None and not _lasts(name, value):
+        if state is None and (name in _NUMBERS or isinstance(value, (list, dict, set))) and not _fixed(value):
             raise Unguarded(f"{name} of a {cls.__name__} can change without a trace")
         yield entries, name, value
-
-
-# Numbers that decide what a convolution, norm or pool computes.
-_GEOMETRY = frozenset({
-    "kernel_size", "stride", "padding", "dilation", "groups", "eps", "output_size", "ceil_mode", "return_indices",
-})  # fmt: skip
-
-
-def _lasts(name: str, value: Any) -> bool:
-    """Whether the entry ``name`` of a module stays what it is as long as ``value`` is the same object."""
-    if name not in _GEOMETRY:
-        return not isinstance(value, (list, dict, set))
-    if isinstance(value, tuple):
-        return all(_lasts(name, one) for one in value)
-    return value is None or isinstance(value, (str, numbers.Number))  # no array or tensor of one element
 
 
 def _hiding(module: nn.Module) -> Iterator[tuple[type, str]]:

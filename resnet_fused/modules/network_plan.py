@@ -43,7 +43,7 @@ def run(root: FusedModule, x: Any, names: Sequence[str] = ()) -> Tensor | None:
     """
     if type(x) is not Tensor or not unobserved(x):
         return None
-    if x.dim() != 4 or x.layout is not torch.strided or not x.numel():
+    if x.layout is not torch.strided or x.dim() != 4 or not x.numel():
         return None
     state: FusedState = root._rf_state
     if state.draws():
@@ -89,8 +89,8 @@ class _Network:
             plan = make(self._steps, x, self._backend, self._channels_last)
         except (ValueError, TypeError, backends.BackendError):
             plan = None  # the modules' own calls say what is wrong
-        while len(plans) >= MOST_PLANS:
-            plans.pop(next(iter(plans.copy()), None), None)
+        for old in list(plans)[: max(0, len(plans) + 1 - MOST_PLANS)]:
+            plans.pop(old, None)
         plans[key] = plan
         return plan
 

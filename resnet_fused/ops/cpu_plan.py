@@ -81,6 +81,7 @@ def make(steps: Sequence[Step], x: Tensor, backend: str, channels_last: bool) ->
     Raises:
         ValueError, TypeError: a step does not take its input.
     """
+    workspace.adapt_heap()
     now, shape = x, tuple(x.shape)
     for step in steps:
         now = now.contiguous(memory_format=torch.channels_last) if channels_last and now.dim() == 4 else now
@@ -127,7 +128,8 @@ def _pooled(pool: MaxPool, shape: Shape) -> Shape:
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(shape[2:], *pool, strict=True)
     ]  # fmt: skip
-    if any(2 * p > d * (k - 1) + 1 for k, _, p, d in zip(*pool, strict=True)):
+    reach = [d * (k - 1) + 1 for k, d in zip(pool.kernel, pool.dilation, strict=True)]
+    if any(p > r // 2 for p, r in zip(pool.padding, reach, strict=True)):
         raise ValueError(f"padding: got {pool.padding}, need at most half of a window of {pool.kernel}")
     if min(sizes) < 1:
         raise ValueError(f"x: got an image of {shape[2]}x{shape[3]}, too small for a pool of {pool.kernel}")
