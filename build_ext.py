@@ -1,9 +1,11 @@
 """How setup.py builds the compiled library: one ninja file, with nvcc where there is one and never asking for a GPU.
 
 Two files come out of it, both beside the Python package: libresnet_fused.so, which needs libtorch alone, for C++
-programs as for Python; and _C, the Python module that tells what is in it. RESNET_FUSED_BUILD says what is wanted:
-"cpu", "cuda" (with "cpu"), "none" (pure Python on purpose), or "auto" (the default): "cpu", and "cuda" where nvcc is and
-torch has CUDA. A library that is wanted and cannot be built is an error, which says what to run.
+programs as for Python; and _C, the Python module that tells what is in it.
+
+RESNET_FUSED_BUILD says what is wanted: "cpu", "cuda" (with "cpu"), "none" (pure Python on purpose), or "auto" (the
+default): "cpu", and "cuda" where nvcc is and torch has CUDA. A library that is wanted and cannot be built is an error,
+which says what to run.
 """
 
 from __future__ import annotations
