@@ -9,8 +9,10 @@ MODEL ?= resnet50
 BIN := $(VENV)/bin
 # Every install is bound by constraints, so that no dependency brings another torch.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS)
-# The same targets with the oldest versions. There a library that does not compile with its CUDA kernels is an error.
-MINIMUM := $(MAKE) VENV=$(VENV_MINIMUM) CONSTRAINTS=constraints-minimum.txt EXT=$(or $(EXT),1)
+# The same targets with the oldest versions. Where nvcc is, the CUDA kernels must compile beside them.
+export RESNET_FUSED_BUILD
+MINIMUM := $(MAKE) VENV=$(VENV_MINIMUM) CONSTRAINTS=constraints-minimum.txt \
+  RESNET_FUSED_BUILD=$(or $(RESNET_FUSED_BUILD),$(if $(shell command -v nvcc 2>/dev/null),cuda))
 
 .PHONY: help demo test quick triton versions check-minimum check-minimum-quick ext lint docs bench clean
 
@@ -51,10 +53,11 @@ check-minimum-quick:
 	+$(MINIMUM) quick
 	@$(MINIMUM) --no-print-directory versions
 
-# What has not changed is not compiled again; without nvcc or a compiler one line says so, with EXT=1 it is an error.
-# MAX_JOBS bounds the jobs.
+# What has not changed is not compiled again. RESNET_FUSED_BUILD says what is wanted; MAX_JOBS bounds the jobs.
 ext: $(VENV)/.torch
-	$(if $(EXT),RESNET_FUSED_CUDA=$(EXT)) PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+	@if [ -z "$$RESNET_FUSED_BUILD" ] && ! command -v "$${CXX:-g++}" >/dev/null; then \
+	  echo "make: no C++ compiler ($${CXX:-g++}): RESNET_FUSED_BUILD=none, everything but the compiled library works" >&2; \
+	else $(BIN)/python setup.py --quiet build_ext --inplace; fi
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -82,5 +85,5 @@ $(VENV)/.torch: $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.bench $(VENV)/.check $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py build_ext.py
-	RESNET_FUSED_CUDA=0 $(PIP_INSTALL) --no-build-isolation -e '.[$*]'
+	RESNET_FUSED_BUILD=none $(PIP_INSTALL) --no-build-isolation -e '.[$*]'
 	@touch $@

@@ -1,8 +1,11 @@
 """How setup.py builds the compiled library: one ninja file, with nvcc where there is one and never asking for a GPU.
 
 Two files come out of it, both beside the Python package: libresnet_fused.so, which needs libtorch alone, for C++
-programs as for Python; and _C, the Python module that tells what is in it. RESNET_FUSED_CUDA says what is built: "0"
-nothing, "auto" (the default) what can be built here, "1" everything, where anything absent is an error.
+programs as for Python; and _C, the Python module that tells what is in it.
+
+RESNET_FUSED_BUILD says what is wanted: "cpu", "cuda" (with "cpu"), "none" (pure Python on purpose), or "auto" (the
+default): "cpu", and "cuda" where nvcc is and torch has CUDA. A library that is wanted and cannot be built is an error,
+which says what to run.
 """
 
 from __future__ import annotations
@@ -37,45 +40,55 @@ INSTRUCTIONS = {
 
 
 def extensions() -> list[Extension]:
-    """What setup() shall build: nothing, after one line that says why, where it is not wanted or cannot be done."""
-    if mode() == "0":
-        return []
-    reason = missing()
-    if reason is None:
-        return [Extension("resnet_fused._C", sources=[])]
-    complain(f"no compiled library: {reason}; everything else works")
-    return []
+    """What setup() shall build. What is absent is an error in build_ext alone: sdists and metadata need nothing."""
+    return [] if mode() == "none" else [Extension("resnet_fused._C", sources=[])]
 
 
 def mode() -> str:
-    value = os.environ.get("RESNET_FUSED_CUDA", "auto")
-    if value not in ("auto", "0", "1"):
-        raise SystemExit(f"resnet_fused: RESNET_FUSED_CUDA: got {value!r}, need 'auto', '0' or '1'")
+    value = os.environ.get("RESNET_FUSED_BUILD") or "auto"
+    if value not in ("auto", "cpu", "cuda", "none"):
+        raise SystemExit(f"resnet_fused: RESNET_FUSED_BUILD: got {value!r}, need 'auto', 'cpu', 'cuda' or 'none'")
     return value
 
 
-def complain(line: str) -> None:
-    """Print the line, or stop with it where everything was asked for."""
-    if mode() == "1":
-        raise SystemExit(f"resnet_fused: {line} (RESNET_FUSED_CUDA=1)")
-    print(f"resnet_fused: {line}", file=sys.stderr)
-
-
 def missing() -> str | None:
-    """Why nothing can be compiled, or None."""
+    """Why the library cannot be compiled, with the command to run, or None."""
     if sys.platform != "linux":
-        return "it is built on Linux alone"
-    if shutil.which(compiler()) is None:
-        return f"no C++ compiler ({compiler()} is not on PATH)"
-    if shutil.which("ninja") is None:
-        return "ninja is not on PATH (pip install ninja)"
-    torch = torch_folder()
-    if torch is None:
-        return "no torch headers in this build environment (pip install --no-build-isolation, beside torch)"
+        return f"it is built on Linux alone, not on {sys.platform}"
+    if torch_folder() is None:
+        return (
+            "this build environment has no torch. Run in an environment that has torch:\n"
+            "  pip install 'setuptools>=77' ninja && pip install --no-build-isolation ."
+        )
     version = re.match(r"(\d+)\.(\d+)", torch_version())
     if version is None or tuple(map(int, version.groups())) < ABI_TARGET:
-        return f"torch is older than {'.'.join(map(str, ABI_TARGET))}"
+        oldest = ".".join(map(str, ABI_TARGET))
+        return f"torch is {torch_version()}, it needs {oldest} or newer. Run:\n  pip install 'torch>={oldest}'"
+    if shutil.which(compiler()) is None:
+        return f"no C++ compiler: {compiler()} is not on PATH. Install one (apt-get install g++), or name one by CXX"
+    if find_ninja() is None:
+        return "no ninja. Run:\n  pip install ninja"
+    if mode() == "cuda" and find_nvcc() is None:
+        return "no nvcc (not on PATH, and CUDA_HOME is not set). Without CUDA kernels: RESNET_FUSED_BUILD=cpu"
     return None
+
+
+def without_cuda() -> str | None:
+    """Why the CUDA kernels are left out, or None where they are built."""
+    if mode() == "cuda":
+        return None
+    if mode() == "cpu":
+        return "RESNET_FUSED_BUILD=cpu"
+    if find_nvcc() is None:
+        return "no nvcc (not on PATH, and CUDA_HOME is not set)"
+    if not re.search(r"^cuda\b.*= '", _read(f"{torch_folder()}/version.py"), re.MULTILINE):
+        return f"torch {torch_version()} cannot use them (RESNET_FUSED_BUILD=cuda builds them)"
+    return None
+
+
+def find_ninja() -> str | None:
+    """Also beside this Python: a virtual environment need not be activated."""
+    return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
 
 
 def compiler() -> str:
@@ -92,9 +105,7 @@ def torch_folder() -> Path | None:
 
 
 def torch_version() -> str:
-    folder = torch_folder()
-    assert folder is not None
-    return (folder / "version.py").read_text().partition("__version__ = '")[2].partition("'")[0]
+    return _read(f"{torch_folder()}/version.py").partition("__version__ = '")[2].partition("'")[0]
 
 
 def find_nvcc() -> str | None:
@@ -136,6 +147,14 @@ class BuildLibrary(build_ext):
     """setuptools' build_ext, by ninja."""
 
     def run(self) -> None:
+        if not self.extensions:
+            return
+        reason = missing()
+        if reason is not None:
+            raise SystemExit(
+                f"resnet_fused: the compiled library cannot be built: {reason}\n"
+                "Or without the library, which is slower: RESNET_FUSED_BUILD=none"
+            )
         module = Path(self.get_ext_fullpath("resnet_fused._C")).resolve()  # ninja runs elsewhere
         module.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -143,8 +162,7 @@ class BuildLibrary(build_ext):
         except BuildError as error:
             for path in self.get_outputs():  # of an earlier build: they are not what the sources say
                 Path(path).unlink()
-            print(error, file=sys.stderr)
-            complain(f"NO COMPILED LIBRARY: {error.what}; the compiler's words are above; everything else works")
+            raise SystemExit(f"{error}\nresnet_fused: {error.what}; the compiler's words are above") from None
 
     def get_outputs(self) -> list[str]:
         module = Path(self.get_ext_fullpath("resnet_fused._C"))
@@ -176,17 +194,20 @@ def build(module: Path) -> None:
     Raises:
         BuildError: something does not compile.
     """
-    nvcc = find_nvcc()
-    if nvcc is None:
-        complain("no nvcc (not on PATH, and CUDA_HOME is not set): the library is built without its CUDA kernels")
+    left_out = without_cuda()
+    nvcc = None if left_out else find_nvcc()
+    if left_out:
+        print(f"resnet_fused: no CUDA kernels: {left_out}", file=sys.stderr)
     folder = ROOT / "build" / f"ext-{sysconfig.get_config_var('SOABI')}-torch-{torch_version()}"
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "schemas.h", _schemas_header())
-    _write(folder / "build_info.h", _build_info_header(nvcc))
+    _write(folder / "build_info.h", _build_info_header(nvcc, left_out))
     _write(folder / "build.ninja", _ninja(folder / module.name, nvcc))
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    ninja = ["ninja", "-C", str(folder), "-j", jobs, "--quiet"]
-    done = subprocess.run(ninja, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ninja = [find_ninja() or "ninja", "-C", str(folder)]
+    commands = subprocess.check_output([*ninja, "-t", "compdb", "cxx", "nvcc"], text=True)
+    _write(ROOT / "build" / "compile_commands.json", commands)  # for clangd and its like
+    done = subprocess.run([*ninja, "-j", jobs, "--quiet"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise BuildError(done.stdout)
     for name in (module.name, LIBRARY):
@@ -221,7 +242,7 @@ def architecture_list() -> str:
     return os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
 
 
-def _build_info_header(nvcc: str | None) -> str:
+def _build_info_header(nvcc: str | None, left_out: str | None) -> str:
     cuda = re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True)) if nvcc else None
     rows = {
         "abi_target": f"torch {'.'.join(map(str, ABI_TARGET))}",
@@ -229,6 +250,7 @@ def _build_info_header(nvcc: str | None) -> str:
         "compiler": subprocess.check_output([compiler(), "--version"], text=True).splitlines()[0],
         "cuda": cuda[1] if cuda else "",
         "architectures": architecture_list() if nvcc else "",
+        "left_out": f"CUDA kernels: {left_out}" if left_out else "",
     }
     lines = [f"    {{{json.dumps(key)}, {json.dumps(value)}}}," for key, value in rows.items()]
     return "\n".join(["constexpr const char* kBuildInfo[][2] = {", *lines, "};", ""])

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
@@ -54,6 +55,29 @@ class Server(Protocol):
 
 class BackendError(RuntimeError):
     """A named backend cannot compute this call; the message says why, and which backends can."""
+
+
+class PerformanceWarning(UserWarning):
+    """None of the package's own kernels can run where ``fuse`` was called. Once a process for each kind of device."""
+
+
+_WARNED: set[str] = set()
+
+
+def warn_without_kernels(device: torch.device) -> None:
+    """Warn the caller of ``fuse`` where ``auto`` has nothing but PyTorch's own operators for models on ``device``."""
+    own = {"cpu": (Backend.CPU,), "cuda": (Backend.TRITON, Backend.CUDA)}.get(device.type, ())
+    reasons = {str(name): unavailable(name) for name in own}
+    if device.type in _WARNED or not own or None in reasons.values():
+        return
+    text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    warnings.warn(
+        f"fuse: none of the kernels of resnet_fused runs on {device.type} here, PyTorch's operators compute instead "
+        f"({text}). To silence this: warnings.simplefilter('ignore', resnet_fused.PerformanceWarning)",
+        PerformanceWarning,
+        stacklevel=3,
+    )
+    _WARNED.add(device.type)
 
 
 def all_names() -> tuple[str, ...]:

@@ -56,8 +56,9 @@ def missing(cuda: bool = False) -> str | None:
     module = _load()
     if isinstance(module, str):
         return module
-    if cuda and not module.build_info()["cuda"]:
-        return f"the compiled library was built without nvcc; {_BUILD}"
+    facts = module.build_info()
+    if cuda and not facts["cuda"]:
+        return f"the compiled library was built without {facts['left_out']}; {_BUILD}"
     return None
 
 

@@ -47,7 +47,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_library_without_cuda_kernels_is_a_failure_where_a_device_is(device: Any) -> None:
     devices.assert_all_here()
-    device.reason = "the compiled library was built without nvcc"
+    device.reason = "the compiled library was built without CUDA kernels: no nvcc"
     backends._unavailable.cache_clear()
     with pytest.raises(AssertionError, match=r"a CUDA device is here.*'cuda': 'the compiled library was built without"):
         devices.assert_all_here()

@@ -164,7 +164,9 @@ def test_options(tool: SimpleNamespace, capsys: Any, tmp_path: Path, monkeypatch
     assert "no CUDA device; --dry-run" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("absent", [{}, {"cuda": "the compiled library was built without nvcc"}], ids=["all", "one"])
+@pytest.mark.parametrize(
+    "absent", [{}, {"cuda": "the compiled library was built without CUDA kernels: no nvcc"}], ids=["all", "one"]
+)
 def test_the_build_is_for_the_device_and_asserts_its_backends(
     tool: SimpleNamespace, absent: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -180,7 +182,7 @@ def test_the_build_is_for_the_device_and_asserts_its_backends(
     assert tool.device.build(False) == len(absent)
     ((command, environment),) = asked
     assert command == ["setup.py", "--quiet", "build_ext", "--inplace"]
-    assert (environment["RESNET_FUSED_CUDA"], environment["TORCH_CUDA_ARCH_LIST"]) == ("1", "9.0")
+    assert (environment["RESNET_FUSED_BUILD"], environment["TORCH_CUDA_ARCH_LIST"]) == ("cuda", "9.0")
     told = capsys.readouterr().out
     assert "for sm_90" in told and ("cuda: the compiled library" in told) == bool(absent)
     assert f"available: {'triton, cudnn' if absent else 'cuda, triton, cudnn'}" in told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -231,7 +232,7 @@ def test_bad_architectures_are_named(given: str) -> None:
 
 
 class TestWhatDoesNotCompile:
-    """A compiler that refuses: said on stderr with what it said, and no library of an earlier build stays."""
+    """A compiler that refuses: an error with what it said, and no library of an earlier build stays."""
 
     @pytest.fixture
     def command(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
@@ -246,7 +247,8 @@ class TestWhatDoesNotCompile:
         monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
         if shutil.which("ninja") is None:
             pytest.skip("ninja is not on PATH")
-        command = build_ext.BuildLibrary(setuptools.Distribution())
+        command = build_ext.BuildLibrary(setuptools.Distribution({"ext_modules": build_ext.extensions()}))
+        command.ensure_finalized()
         monkeypatch.setattr(command, "get_ext_fullpath", lambda name: str(tmp_path / "package" / "_C.so"))
         (tmp_path / "package").mkdir()
         (tmp_path / "build_ext.py").touch()
@@ -254,45 +256,76 @@ class TestWhatDoesNotCompile:
             (tmp_path / "package" / name).write_text("old")
         return command
 
-    def test_nothing_stops_where_it_was_not_asked_for(
-        self, command: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-    ) -> None:
-        monkeypatch.setenv("RESNET_FUSED_CUDA", "auto")
-        command.run()
-        said = capfd.readouterr().err
-        assert "no such macro" in said and re.search(r"NO COMPILED LIBRARY: \S+\.(cpp|cu)\b.* failed here", said)
-        assert command.get_outputs() == []
-
-    def test_everything_stops_where_it_was(
-        self, command: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-    ) -> None:
-        monkeypatch.setenv("RESNET_FUSED_CUDA", "1")
-        with pytest.raises(SystemExit, match=r"NO COMPILED LIBRARY: \S+\.(cpp|cu)\b.* failed here"):
+    @pytest.mark.parametrize("wanted", ["auto", "cuda"])
+    def test_the_build_stops(self, command: Any, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("RESNET_FUSED_BUILD", wanted)
+        with pytest.raises(SystemExit, match=r"(?s)no such macro.*resnet_fused: \S+\.(cpp|cu)\b.* failed here"):
             command.run()
-        assert "no such macro" in capfd.readouterr().err and command.get_outputs() == []
+        assert command.get_outputs() == []
+        database = json.loads((build_ext.ROOT / "build" / "compile_commands.json").read_text())
+        assert any(entry["file"].endswith("library.cpp") for entry in database)
 
 
 class TestWhatIsAbsent:
-    def test_nothing_is_wanted(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        monkeypatch.setenv("RESNET_FUSED_CUDA", "0")
-        assert build_ext.extensions() == [] and capsys.readouterr().err == ""
+    """A library that is wanted and cannot be built is an error; metadata and an sdist need nothing of it."""
 
-    def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        monkeypatch.setenv("RESNET_FUSED_CUDA", "auto")
-        monkeypatch.setenv("CXX", "no-such-compiler")
+    @pytest.fixture
+    def command(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        monkeypatch.delenv("RESNET_FUSED_BUILD", raising=False)
+        monkeypatch.setattr(build_ext, "find_ninja", lambda: "ninja")
+        monkeypatch.setattr(build_ext, "compiler", lambda: "sh")
+        monkeypatch.setattr(build_ext, "build", lambda module: pytest.fail("something was built"))
+        return build_ext.BuildLibrary(setuptools.Distribution({"ext_modules": build_ext.extensions()}))
+
+    def refused(self, command: Any) -> str:
+        command.ensure_finalized()
+        with pytest.raises(SystemExit) as raised:
+            command.run()
+        assert "RESNET_FUSED_BUILD=none" in str(raised.value)
+        return str(raised.value)
+
+    def test_no_torch(self, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(build_ext, "torch_folder", lambda: None)
+        assert "pip install --no-build-isolation ." in self.refused(command)
+
+    def test_no_compiler(self, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(build_ext, "compiler", lambda: "no-such-compiler")
+        assert "no C++ compiler: no-such-compiler is not on PATH" in self.refused(command)
+
+    def test_no_ninja(self, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(build_ext, "find_ninja", lambda: None)
+        assert "pip install ninja" in self.refused(command)
+
+    def test_no_nvcc(self, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(build_ext, "find_nvcc", lambda: None)
+        assert build_ext.without_cuda().startswith("no nvcc")
+        monkeypatch.setenv("RESNET_FUSED_BUILD", "cuda")
+        assert "no nvcc" in self.refused(command)
+
+    @pytest.mark.parametrize("cuda", ["None", "'12.8'"])
+    def test_auto_compiles_no_cuda_that_torch_cannot_use(
+        self, cuda: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        (tmp_path / "version.py").write_text(f"__version__ = '2.13.0'\ncuda: Optional[str] = {cuda}\n")
+        monkeypatch.setattr(build_ext, "torch_folder", lambda: tmp_path)
+        monkeypatch.setattr(build_ext, "find_nvcc", lambda: "nvcc")
+        monkeypatch.setenv("RESNET_FUSED_BUILD", "auto")
+        reason = build_ext.without_cuda()
+        assert reason == (
+            None if cuda != "None" else "torch 2.13.0 cannot use them (RESNET_FUSED_BUILD=cuda builds them)"
+        )
+        monkeypatch.setenv("RESNET_FUSED_BUILD", "cuda")
+        assert build_ext.without_cuda() is None
+        monkeypatch.setenv("RESNET_FUSED_BUILD", "cpu")
+        assert build_ext.without_cuda() == "RESNET_FUSED_BUILD=cpu"
+
+    def test_nothing_is_wanted(self, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("RESNET_FUSED_BUILD", "none")
         assert build_ext.extensions() == []
-        assert capsys.readouterr().err.count("\n") == 1
-        monkeypatch.setenv("RESNET_FUSED_CUDA", "1")
-        with pytest.raises(SystemExit, match=r"no C\+\+ compiler \(no-such-compiler is not on PATH\)"):
-            build_ext.extensions()
-
-    def test_no_torch(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        monkeypatch.setattr(sys, "path", [])
-        monkeypatch.setenv("RESNET_FUSED_CUDA", "auto")
-        reason = build_ext.missing()
-        assert reason is not None and ("torch headers" in reason or "PATH" in reason)
+        command.extensions = []
+        command.run()
 
     def test_bad_mode(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("RESNET_FUSED_CUDA", "yes")
-        with pytest.raises(SystemExit, match="RESNET_FUSED_CUDA: got 'yes'"):
+        monkeypatch.setenv("RESNET_FUSED_BUILD", "yes")
+        with pytest.raises(SystemExit, match="RESNET_FUSED_BUILD: got 'yes'"):
             build_ext.extensions()

@@ -93,6 +93,8 @@ def fuse(
         _check_cuda_graph(model)
     if strict:
         _check_strict(model, filter_fn)
+    if backend == backends.AUTO:
+        backends.warn_without_kernels(next((p.device for p in model.parameters()), torch.device("meta")))
     if not inplace:
         model = copy.deepcopy(model)
     channels_last = memory_format is torch.channels_last

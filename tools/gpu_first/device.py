@@ -63,7 +63,7 @@ def build(dry: bool) -> int:
         command.append("--help")  # setup.py is run, and nothing compiled
     else:
         major, minor = torch.cuda.get_device_capability()
-        wanted = {"RESNET_FUSED_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+        wanted = {"RESNET_FUSED_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     print(" ".join(f"{key}={value}" for key, value in wanted.items()), *command, flush=True)
     code = subprocess.run(command, cwd=ROOT, env=os.environ | wanted).returncode
     absent = refusals()
