@@ -267,7 +267,7 @@ def test_random_modules_between_blocks_draw_what_eager_draws(make: Any, monkeypa
     monkeypatch.setattr(depth_first, "BYTES", 1)
     eager = randomise_norms(Nested(make())).eval()
     eager.layer2[0][0].train()
-    fused = rf.fuse(eager, memory_format=torch.preserve_format)  # a mask is drawn in the order of its memory
+    fused = rf.fuse(eager)  # a mask is drawn in the order of its memory
     found = []
     for model in (eager, fused):
         torch.manual_seed(5)

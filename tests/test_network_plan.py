@@ -20,6 +20,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fused as rf
@@ -371,11 +372,50 @@ def test_a_broken_description_is_an_error() -> None:
     model, x = network(), images()
     assert used(model, x)
     with torch.no_grad():
-        handle = model._rf_state.prepared.network.plan(x)._handle
+        handle = model._rf_state.prepared.network.plan(x, False)._handle
+    with pytest.raises(RuntimeError, match="plan_create"):
+        torch.ops.resnet_fused_cpu.plan_run(handle.clone(), x)
     with pytest.raises(RuntimeError, match="need"):
         torch.ops.resnet_fused_cpu.plan_run(handle, images(2, 17))
     with pytest.raises(RuntimeError, match="need"):
         torch.ops.resnet_fused_cpu.plan_run(handle, images().double())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(F, "max_pool2d"), (torch, "max_pool2d"), (F, "adaptive_avg_pool2d"), (torch, "flatten")],
+    ids=lambda v: v if isinstance(v, str) else v.__name__,
+)
+def test_functions_that_were_replaced_are_called(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, function = network(), images(), getattr(owner, name)
+    assert used(model, x)
+    found: list[str] = []
+    monkeypatch.setattr(owner, name, lambda *a, **k: found.append(name) or function(*a, **k))
+    with torch.no_grad():
+        model(x)
+    assert found == [name]
+
+
+def test_geometry_that_can_be_written_to_is_read_at_each_call() -> None:
+    x = images()
+    model = network()
+    model.layer1[0].bn1.eps = torch.tensor(1e-5)
+    right(model, x)
+    right(model, x)
+    right(model, x)
+    model.layer1[0].bn1.eps.fill_(3.0)
+    right(model, x)
+
+
+def test_what_only_eager_computes_or_refuses() -> None:
+    model, x = network(), images()
+    assert used(model, x)
+    with torch.no_grad():
+        want = model(x)
+        torch.testing.assert_close(model(x.to_mkldnn()).to_dense(), want, rtol=1e-4, atol=1e-4)
+        model.maxpool.padding = 3
+        with pytest.raises(RuntimeError, match="pad should be"):
+            model(x)
 
 
 # All of that at random, one after the other, on a network of a class that is not ours.

@@ -47,7 +47,7 @@ def main() -> None:
         for _ in range(3):
             model(x)
         network = model._rf_state.prepared.network
-        plan = None if network is None else network.plan(x)
+        plan = None if network is None else network.plan(x, False)
         if plan is None:
             raise SystemExit(f"{options.model}: no plan computes it here")
         clear: Callable[[], object] = (lambda: None) if options.warm else (lambda: other.add_(1))

@@ -41,7 +41,7 @@ struct Step {
 };
 
 struct Plan {
-  int64_t magic = kMagic;
+  int64_t magic = kMagic ^ reinterpret_cast<intptr_t>(this);  // a copy of it is none
   bool bf16;
   bool identity = false;  // whether a tensor to add belongs to the call
   bool pooled = false;    // whether the result is [N, C]
@@ -178,6 +178,7 @@ std::unique_ptr<Plan> read_plan(const std::vector<Tensor>& packed, const std::ve
   STD_TORCH_CHECK(integers.done() && tensor == packed.end(), "description: something is left over");
   STD_TORCH_CHECK(plan->steps.back().to == kResult, "description: the last step gives no result");
   plan->out = *held[kResult];
+  STD_TORCH_CHECK(!plan->identity || held[kIdentity] == plan->out, "description: an identity of another shape");
   return plan;
 }
 
@@ -306,7 +307,7 @@ void boxed_run(StableIValue* stack, uint64_t, uint64_t) {
   STD_TORCH_CHECK(handle.is_cpu() && handle.scalar_type() == ScalarType::Long && handle.numel() == 1,
                   "handle: need what plan_create gave");
   const auto* const plan = static_cast<const Plan*>(handle.data_ptr());
-  STD_TORCH_CHECK(plan->magic == kMagic, "handle: need what plan_create gave");
+  STD_TORCH_CHECK(plan->magic == (kMagic ^ reinterpret_cast<intptr_t>(plan)), "handle: need what plan_create gave");
   const Answer answer = run_plan(*plan, x, identity);
   stack[0] = torch::stable::detail::from(answer.out);
   stack[1] = torch::stable::detail::from(answer.refused);

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from resnet_fused import backends
 from resnet_fused.fusion.choice import chosen_backend
@@ -97,19 +98,20 @@ def fuse(
     if not inplace:
         model = copy.deepcopy(model)
     channels_last = memory_format is torch.channels_last
+    dropouts = tuple(m for m in model.modules() if isinstance(m, _DropoutNd))
     for name, module, found in list(_matches(model)):
         if found.spec is None or (filter_fn is not None and not filter_fn(name, module)):
             continue
         if isinstance(module, FusedModule):
             module.__dict__["_rf_state"] = dataclasses.replace(
                 module._rf_state, backend=backend, recompute=recompute, channels_last=channels_last,
-                cuda_graph=cuda_graph,
+                cuda_graph=cuda_graph, dropouts=dropouts,
             )  # fmt: skip
         elif found.reason is None and found.fused is not None:
-            state = FusedState(found.spec, backend, recompute, channels_last, found.matched, cuda_graph)
+            state = FusedState(found.spec, backend, recompute, channels_last, found.matched, cuda_graph, dropouts)
             adopt(module, found.fused, state)
     if generic:
-        fuse_generic(model, backend, filter_fn, channels_last)
+        fuse_generic(model, backend, filter_fn, channels_last, dropouts)
     if tune is not None:
         from resnet_fused.tuning import tuner
 

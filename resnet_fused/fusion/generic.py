@@ -28,7 +28,9 @@ Filter = Callable[[str, nn.Module], bool]
 NOT_FUSED = "can be fused, but fuse was not asked to"
 
 
-def fuse_generic(model: nn.Module, backend: str, filter_fn: Filter | None, channels_last: bool) -> None:
+def fuse_generic(
+    model: nn.Module, backend: str, filter_fn: Filter | None, channels_last: bool, dropouts: tuple[nn.Module, ...]
+) -> None:
     """Fuse, in place, the chains in every module that is not taken by an adapter already."""
     for name, module in list(_owners(model, set())):
 
@@ -40,10 +42,11 @@ def fuse_generic(model: nn.Module, backend: str, filter_fn: Filter | None, chann
             continue
         if isinstance(module, FusedForward):
             module.__dict__["_rf_state"] = dataclasses.replace(
-                module._rf_state, backend=backend, plans=plans, channels_last=channels_last
+                module._rf_state, backend=backend, plans=plans, channels_last=channels_last, dropouts=dropouts
             )
         else:
-            adopt(module, FusedForward, TracedState(NO_SPEC, backend, channels_last=channels_last, plans=plans))
+            state = TracedState(NO_SPEC, backend, channels_last=channels_last, dropouts=dropouts, plans=plans)
+            adopt(module, FusedForward, state)
 
 
 def generic_entries(

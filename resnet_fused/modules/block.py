@@ -162,7 +162,7 @@ def _fused_forward(block: FusedBlock, x: Tensor, found: Parts) -> Tensor | None:
     pairs, shortcut, extras = found
     data = [parts.read(conv, norm) for conv, norm in pairs]
     if None not in data and (not isinstance(shortcut, Called) or shortcut.pure):  # else eager's own x is written to
-        x = parts.feature_map(x, data, block._rf_state.channels_last)  # type: ignore[arg-type]
+        x = parts.feature_map(x, data, block._rf_state.turns())  # type: ignore[arg-type]
     given = extras is None and None not in data
     if given and (shortcut is None or (isinstance(shortcut, Projection) and not shortcut.before)):
         projection = None if shortcut is None else parts.read(shortcut.conv, shortcut.norm)

@@ -88,7 +88,7 @@ class FusedConvBNReLU(FusedModule):
 
 def _feature_map(x: Tensor, pairs: list[live.Pair], state: FusedState) -> Tensor:
     data = [parts.read(conv, norm) for conv, norm in pairs]
-    return x if None in data else parts.feature_map(x, data, state.channels_last)  # type: ignore[arg-type]
+    return x if None in data else parts.feature_map(x, data, state.turns())  # type: ignore[arg-type]
 
 
 class FusedStem(FusedModule):

@@ -9,6 +9,7 @@ say no. It is asked with nobody looking on: :func:`unobserved`.
 from __future__ import annotations
 
 import functools
+import numbers
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
@@ -144,7 +145,7 @@ class Unguarded(Exception):
 @functools.cache
 def _unchanged() -> Callable[..., bool]:
     """The sweep over dictionaries and modules: the library's, or the one below."""
-    return _sweep if extension.missing() is not None else extension.module().unchanged  # type: ignore[no-any-return]
+    return _sweep if extension.missing() is not None else extension.module().unchanged
 
 
 def _sweep(
@@ -195,9 +196,24 @@ def _slots(module: nn.Module, sized: list[dict[str, Any]]) -> Iterator[Slot]:
         if name in ("_parameters", "_buffers", "_modules") or (name == "training" and cls in _LEAVES):
             continue
         value = entries[name]
-        if isinstance(value, (list, dict, set)) and state is None:
+        if state is None and not _lasts(name, value):
             raise Unguarded(f"{name} of a {cls.__name__} can change without a trace")
         yield entries, name, value
+
+
+# Numbers that decide what a convolution, norm or pool computes.
+_GEOMETRY = frozenset({
+    "kernel_size", "stride", "padding", "dilation", "groups", "eps", "output_size", "ceil_mode", "return_indices",
+})  # fmt: skip
+
+
+def _lasts(name: str, value: Any) -> bool:
+    """Whether the entry ``name`` of a module stays what it is as long as ``value`` is the same object."""
+    if name not in _GEOMETRY:
+        return not isinstance(value, (list, dict, set))
+    if isinstance(value, tuple):
+        return all(_lasts(name, one) for one in value)
+    return value is None or isinstance(value, (str, numbers.Number))  # no array or tensor of one element
 
 
 def _hiding(module: nn.Module) -> Iterator[tuple[type, str]]:

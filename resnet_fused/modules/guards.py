@@ -32,11 +32,14 @@ _CLASSES: tuple[tuple[type, tuple[str, ...]], ...] = (
     (nn.Sequential, ("forward", "__call__", "__iter__", "__len__")),
     (nn.Identity, ("forward", "__call__")),
 )
-_FUNCTIONS = ("conv2d", "batch_norm", "relu", "relu_")
+_FUNCTIONS = ("conv2d", "batch_norm", "relu", "relu_", "max_pool2d")
 # What a forward reaches on its way to the kernels: PyTorch's own functions, and where people put others.
 _PLACES: tuple[tuple[Any, str], ...] = (
     *((cls, name) for cls, names in _CLASSES for name in names),
     *((owner, name) for owner in (F, torch) for name in _FUNCTIONS),
+    (F, "adaptive_avg_pool2d"),
+    (torch._C._nn, "adaptive_avg_pool2d"),
+    (torch, "flatten"),
 )
 
 
@@ -202,7 +205,7 @@ def plain_tensor(value: Any) -> bool:
     """Whether ``value`` is a tensor that computes as PyTorch's own: no proxy, no subclass that may do more."""
     cls = type(value)
     if cls is Tensor or cls is nn.Parameter:
-        return True
+        return value.layout is torch.strided
     return (isinstance(value, Tensor) and _is_machinery(cls)) or torch.compiler.is_compiling()
 
 

@@ -43,9 +43,11 @@ def run(root: FusedModule, x: Any, names: Sequence[str] = ()) -> Tensor | None:
     """
     if type(x) is not Tensor or not unobserved(x):
         return None
-    if x.dim() != 4 or not x.numel():
+    if x.dim() != 4 or x.layout is not torch.strided or not x.numel():
         return None
     state: FusedState = root._rf_state
+    if state.draws():
+        return None
     on_device = device_plan.serves(x, state.backend)
     if not on_device and (x.device.type != "cpu" or x.dtype not in _DTYPES):
         return None
@@ -112,6 +114,8 @@ def _read(root: FusedModule, x: Tensor, names: Sequence[str]) -> _Network | None
         return None
     steps, modules = found
     tensors = [tensor for conv in cpu_plan.convs_of(steps) for tensor in conv[:6]]
+    if any(tensor is not None and tensor.device != x.device for tensor in tensors):
+        return None
     if state.backend == backends.AUTO and not packed.settled(tensors, _ASKER):
         return None
     matched = [m.__dict__["_rf_state"].matched for m in (root, *modules) if "_rf_state" in m.__dict__]

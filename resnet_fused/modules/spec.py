@@ -128,8 +128,9 @@ class FusedState:
     recompute is what training computes again in the backward pass instead of keeping it: None, "activations" or
     "last_conv". channels_last: whether feature maps become that where norms use given statistics (parts.feature_map).
     matched are the functions of the class that spec was read from, None where the class is ours. cuda_graph: whether
-    the plan of a whole network is replayed from a CUDA graph. prepared is what ``network_plan`` made for this module;
-    no copy has it.
+    the plan of a whole network is replayed from a CUDA graph. dropouts are those of the whole model: while one of them
+    draws, feature maps keep the model's own format, since random numbers are drawn in the order of memory. prepared is
+    what ``network_plan`` made for this module; no copy has it.
     """
 
     spec: BlockSpec
@@ -138,4 +139,13 @@ class FusedState:
     channels_last: bool = True
     matched: Matched | None = None
     cuda_graph: bool = False
+    dropouts: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
     prepared: Prepared = field(init=False, default_factory=Prepared, repr=False, compare=False)
+
+    def draws(self) -> bool:
+        """Whether a dropout of the model is active."""
+        return any(module.training for module in self.dropouts)
+
+    def turns(self) -> bool:
+        """Whether feature maps become channels_last now."""
+        return self.channels_last and not self.draws()

@@ -355,7 +355,7 @@ def conv_norm_act(
             if residual is None or (
                 isinstance(residual, Tensor) and residual.shape == shape and _one_dtype(residual, x, inplace)
             ):
-                x = parts.feature_map(x, [pair], state.channels_last and not given_format)
+                x = parts.feature_map(x, [pair], state.turns() and not given_format)
                 return conv_bn_act.call_op(x, pair, residual, name, state.backend)
         # A sum that is not in place promotes, so dtypes must be one from the start.
         alike = residual is None or (

@@ -127,6 +127,8 @@ def _pooled(pool: MaxPool, shape: Shape) -> Shape:
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(shape[2:], *pool, strict=True)
     ]  # fmt: skip
+    if any(2 * p > d * (k - 1) + 1 for k, _, p, d in zip(*pool, strict=True)):
+        raise ValueError(f"padding: got {pool.padding}, need at most half of a window of {pool.kernel}")
     if min(sizes) < 1:
         raise ValueError(f"x: got an image of {shape[2]}x{shape[3]}, too small for a pool of {pool.kernel}")
     return (*shape[:2], *sizes)
