@@ -164,7 +164,7 @@ def test_the_site_builds_strictly_and_needs_no_network(tmp_path: Path) -> None:
 # --- messages -------------------------------------------------------------------------------------------------------
 
 INTERNAL = {  # raised and caught within the package; what they say ends up in a report, a row or another error
-    "Untraceable", "_Unreadable", "Absent", "KeyError", "AttributeError", "argparse.ArgumentTypeError",
+    "Untraceable", "Unguarded", "_Unreadable", "Absent", "KeyError", "AttributeError", "argparse.ArgumentTypeError",
 }  # fmt: skip
 WARNERS = {"warnings.warn", "logger.warning", "warn_once", "table.warn_once", "complain"}
 SELF_EXPLAINING = re.compile(r"\bgot\b.*\bneed\b|\bneed\b.*\bgot\b", re.DOTALL)

@@ -132,7 +132,7 @@ def _pooled(pool: MaxPool, shape: Shape) -> Shape:
     if any(p > r // 2 for p, r in zip(pool.padding, reach, strict=True)):
         raise ValueError(f"padding: got {pool.padding}, need at most half of a window of {pool.kernel}")
     if min(sizes) < 1:
-        raise ValueError(f"x: got an image of {shape[2]}x{shape[3]}, too small for a pool of {pool.kernel}")
+        raise ValueError(f"x: got an image of {shape[2]}x{shape[3]}, need one that a pool of {pool.kernel} fits in")
     return (*shape[:2], *sizes)
 
 

@@ -54,7 +54,7 @@ def laid_out(conv: ConvBN) -> ConvBN:
         ValueError: a vector has gaps; calls that copy it are for such ones.
     """
     if any(v is not None and v.stride() != (1,) and v.numel() > 1 for v in conv[1:6]):
-        raise ValueError("batch norm: got vectors with gaps, a plan needs them without")
+        raise ValueError("batch norm: got vectors with gaps, need them without")
     return conv._replace(weight=nhwc_weight(conv).permute(0, 3, 1, 2))
 
 

@@ -399,7 +399,7 @@ def _step(node: Node, shapes: dict[int, Shape], x: Tensor, backend: str, server:
     """The node with who computes it; its result's shape goes to ``shapes``."""
     shape = shapes[node.out] = node.shape(shapes[node.x])
     if min(shape) < 1:
-        raise ValueError(f"x: got an image too small, a step gives {shape}")
+        raise ValueError(f"x: got an image of which a step gives {shape}, need a larger one")
     call: Any = node.call(_blank(node, shapes, x))
     if isinstance(node, Pool):
         if backend in (backends.AUTO, backends.Backend.TRITON) and backends.refusal("max_pool", "triton", call) is None:
