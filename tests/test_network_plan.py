@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import frames
 
-SEQUENCES = 2000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 100
+SEQUENCES = 2000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 60
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
