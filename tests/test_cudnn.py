@@ -38,7 +38,7 @@ def aten(monkeypatch):
     monkeypatch.setattr(cudnn, "_TRIED", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(backends, "unavailable", lambda name: None)
-    monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_add_relu", Ops.called)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", Ops.called)
     return Ops
 
 
